@@ -1,0 +1,1 @@
+"""The Temporal surface of everything that touches the world."""

@@ -1,0 +1,1 @@
+"""Plain engines, free of temporalio."""

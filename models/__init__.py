@@ -1,0 +1,1 @@
+"""Data and the pure rules over it: no I/O, no clock."""

@@ -1,0 +1,60 @@
+"""Canonical bytes and their names: one value, one byte string, one digest.
+
+RFC 8785 (JSON Canonicalization Scheme) without floats: money and large numbers travel as strings, so that no
+two languages can disagree about what was approved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from typing import Annotated, Any, cast
+
+import rfc8785
+from pydantic import BaseModel, StringConstraints
+
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 in lower-case hex."""
+
+NAMESPACE = uuid.UUID("6f1f2b52-5f0c-5d0e-9a42-0c1d5b8c2e11")
+MAX_SAFE_INTEGER = 2**53 - 1
+
+
+def sha256(data: bytes) -> str:
+    """Name bytes by their SHA-256, lower-case hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical(value: BaseModel | dict[str, Any]) -> bytes:
+    """Return the RFC 8785 bytes of a model or mapping.
+
+    Raises:
+        ValueError: a float or an integer beyond 2**53-1 stands in it; the path is named.
+    """
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    _refuse_inexact(plain, "$")
+    return rfc8785.dumps(cast(Any, plain))
+
+
+def digest_of(value: BaseModel | dict[str, Any]) -> str:
+    """SHA-256 of the canonical bytes."""
+    return sha256(canonical(value))
+
+
+def derived_id(*parts: str | int) -> str:
+    """uuid5 over length-prefixed parts, so that ("a","bc") and ("ab","c") differ."""
+    text = "".join(f"{len(str(part))}:{part}" for part in parts)
+    return str(uuid.uuid5(NAMESPACE, text))
+
+
+def _refuse_inexact(value: Any, path: str) -> None:
+    if isinstance(value, float):
+        raise ValueError(f"{path}: floats have no canonical form here; write the number as a string")
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_SAFE_INTEGER:
+        raise ValueError(f"{path}: integers beyond 2**53-1 are not exact in JSON; write it as a string")
+    if isinstance(value, dict):
+        for key, item in cast(dict[str, Any], value).items():
+            _refuse_inexact(item, f"{path}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(cast(list[Any], value)):
+            _refuse_inexact(item, f"{path}[{index}]")

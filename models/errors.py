@@ -1,0 +1,120 @@
+"""Every error a step may raise, as one tree.
+
+The Temporal error type is the class name, so a workflow branches on `err.cause.type`. A text says what
+failed, on which id, and what to do next; it never holds payload or secrets. Rejected, expired and
+cancelled are outcomes, not errors.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import ClassVar
+
+from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
+
+
+class CountersignError(ApplicationError):
+    """Root of the tree; subclasses only choose whether Temporal may retry."""
+
+    retryable: ClassVar[bool] = True
+    benign: ClassVar[bool] = False
+
+    def __init__(self, message: str, *details: object, next_retry_delay: timedelta | None = None) -> None:
+        """Take the text for people, JSON details, and how long Temporal should wait before retrying."""
+        super().__init__(
+            message,
+            *details,
+            type=type(self).__name__,
+            non_retryable=not self.retryable,
+            next_retry_delay=next_retry_delay,
+            category=(
+                ApplicationErrorCategory.BENIGN if self.benign else ApplicationErrorCategory.UNSPECIFIED
+            ),
+        )
+
+
+class Final(CountersignError):
+    """Trying again cannot help."""
+
+    retryable = False
+
+
+class InvalidInput(Final):
+    """A value breaks its schema; use `InvalidInput.field` so that the remedy is never forgotten."""
+
+    @classmethod
+    def field(cls, name: str, value: object, remedy: str) -> InvalidInput:
+        """Name the field, show at most 80 characters of the value, and say what to write instead."""
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        return cls(f"{name}: {shown} is not accepted; {remedy}")
+
+
+class UnknownName(Final):
+    """No agent, connector, operation or tier of that name."""
+
+
+class PolicyDenied(Final):
+    """The action lies outside what the agent or the gate allows."""
+
+
+class BudgetExceeded(Final):
+    """The spend or token cap of the run or day is used up."""
+
+    benign = True
+
+
+class CredentialsRejected(Final):
+    """The target answered 401 or 403."""
+
+
+class ConnectorRejected(Final):
+    """The target refused the action for good."""
+
+
+class PreconditionLost(ConnectorRejected):
+    """What the plan was made against has changed since."""
+
+
+class OutputInvalid(Final):
+    """A model's answer failed its schema after one repair."""
+
+
+class InDoubt(Final):
+    """It cannot be known whether the effect happened; a person must look."""
+
+
+class AllTiersFailed(CountersignError):
+    """Every permitted tier is open or failed."""
+
+
+class LedgerBroken(Final):
+    """Stored bytes and their hashes disagree; nothing may act on them."""
+
+
+class CompensationFailed(Final):
+    """An applied action could not be undone."""
+
+
+class RateLimited(CountersignError):
+    """The other side asked us to come back later."""
+
+
+class Unavailable(CountersignError):
+    """No answer, or one that says to try again."""
+
+
+class ConnectorUnavailable(Unavailable):
+    """The target system is away."""
+
+
+class TierUnavailable(Unavailable):
+    """The model server is away."""
+
+
+class MemoryUnavailable(Unavailable):
+    """The memory store or its embedding server is away."""
+
+
+class LedgerConflict(CountersignError):
+    """Another writer won the expected version; read and decide again."""

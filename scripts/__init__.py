@@ -1,0 +1,1 @@
+"""The countersign command and the tools around it."""

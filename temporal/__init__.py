@@ -1,0 +1,1 @@
+"""How we speak to Temporal: one plugin for client, worker, replayer and tests."""

@@ -1,0 +1,1 @@
+"""Durable decisions: the loop, once, and what it is made of."""

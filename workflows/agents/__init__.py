@@ -1,0 +1,1 @@
+"""One file per agent: a SPEC and its workflow."""
