@@ -1,0 +1,201 @@
+"""The loop's nouns: Request, Action, Proposal, Plan, Intent, Receipt, Outcome. Texts travel as references."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+
+from models.canonical import Digest, derived_id
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.\-]{0,62}$")]
+"""A tenant, agent, connector or operation."""
+
+Amount = Annotated[str, StringConstraints(pattern=r"^\d{1,12}(\.\d{1,8})?$")]
+"""A decimal number as a string; its unit stands beside it."""
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Guarantee(StrEnum):
+    """What a target can promise about using an action key twice."""
+
+    KEYED = "keyed"
+    ASKED = "asked"
+    BLIND = "blind"
+
+
+class Reversibility(StrEnum):
+    """How an applied action could be taken back."""
+
+    READ_ONLY = "read_only"
+    REVERSIBLE = "reversible"
+    CORRECTABLE = "correctable"
+    IRREVERSIBLE = "irreversible"
+
+
+class Status(StrEnum):
+    """How a loop ended."""
+
+    EXECUTED = "executed"
+    PARTLY_EXECUTED = "partly_executed"
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+    STALE = "stale"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    COMPENSATED = "compensated"
+    COMPENSATION_FAILED = "compensation_failed"
+    IN_DOUBT = "in_doubt"
+
+
+class Ref(Frozen):
+    """A blob in the content store, named by the SHA-256 of its bytes."""
+
+    digest: Digest
+    size: int = Field(ge=0)
+    media_type: str = "text/plain; charset=utf-8"
+
+
+class Request(Frozen):
+    """What starts a loop."""
+
+    tenant: Name = "default"
+    agent: Name
+    key: str = Field(min_length=1, max_length=200)
+    """Unique per tenant; the workflow id derives from it."""
+    body: Ref
+    body_kind: str = "json"
+    publish_at: AwareDatetime | None = None
+
+
+class Evidence(Frozen):
+    """A record the proposal leans on, at the version that was read."""
+
+    reference: str
+    version: str
+
+
+class Action(Frozen):
+    """One operation on one connector, its exact arguments bound by reference."""
+
+    connector: Name
+    operation: Name
+    arguments: Ref
+    title: str = Field(max_length=200)
+
+
+class Cost(Frozen):
+    """Money and time, as far as known; `None` is unknown, never zero."""
+
+    amount: Amount | None = None
+    currency: str | None = None
+    milliseconds: int | None = None
+    tokens: int | None = None
+
+
+class Proposal(Frozen):
+    """What the agent wants."""
+
+    agent: Name
+    title: str = Field(max_length=200)
+    actions: tuple[Action, ...] = Field(min_length=1, max_length=50)
+    reasons: Ref | None = None
+    evidence: tuple[Evidence, ...] = ()
+    confidence_percent: int | None = Field(default=None, ge=0, le=100)
+    estimated: Cost = Cost()
+    concerns: tuple[str, ...] = ()
+    """Checks that did not pass, in words for the approver."""
+
+
+class Plan(Frozen):
+    """A connector's dry run of one action; made without side effects."""
+
+    action: int
+    connector: Name
+    operation: Name
+    target: str = Field(max_length=300)
+    target_version: str = Field(max_length=200)
+    """Covers only what the action reads or overwrites."""
+    diff: Ref
+    reversibility: Reversibility
+    guarantee: Guarantee
+    undo: str = Field(max_length=300)
+    cost: Cost = Cost()
+
+
+class GateRule(Frozen):
+    """Which verdicts an intent needs."""
+
+    automatic: bool = False
+    approvals: int = Field(default=1, ge=1, le=20)
+    roles: tuple[Name, ...] = ()
+    """Roles that must each be covered by a different approver; empty means any person."""
+    expire_seconds: int = Field(default=7 * 86400, ge=1)
+    """From the first delivery."""
+    absolute_seconds: int = Field(default=30 * 86400, ge=1)
+    """From the intent, whatever was delivered."""
+    remind_seconds: int | None = Field(default=86400, ge=1)
+    keep_partial: bool = False
+    """Keep what was applied when a later action fails, instead of compensating it."""
+
+
+class Intent(Frozen):
+    """What is put to people; its canonical bytes are named by their digest."""
+
+    schema_version: int = 1
+    tenant: Name
+    workflow_id: str
+    request_key: str
+    number: int = Field(ge=1)
+    proposer: Name
+    proposal: Proposal
+    plans: tuple[Plan, ...]
+    already_applied: tuple[int, ...] = ()
+    gate: GateRule
+    policy_digest: Digest
+    card_digest: Digest
+    created_at: AwareDatetime
+    expires_at: AwareDatetime
+    """The absolute limit."""
+    nonce: str
+
+
+class Receipt(Frozen):
+    """What applying an action returned."""
+
+    action_key: str
+    action: int
+    reference: str
+    """The target's own name for what happened: a commit, an order id."""
+    version: str
+    """The target's version after the action, which a later action of the same intent expects."""
+    links: tuple[str, ...] = ()
+    verified: bool = False
+    detail: str = ""
+
+
+class Outcome(Frozen):
+    """How the loop ended, and what stands."""
+
+    status: Status
+    workflow_id: str
+    digest: Digest | None = None
+    receipts: tuple[Receipt, ...] = ()
+    reason: str = ""
+    cost: Cost = Cost()
+
+
+def action_key(digest: str, number: int) -> str:
+    """The key of action `number` of the intent with this digest; the same for every attempt."""
+    return f"{digest}.{number}"
+
+
+def workflow_id(tenant: str, agent: str, key: str) -> str:
+    """The run's id, derived from the request key, so that a repeated request finds it."""
+    return f"{agent}-{derived_id('request', tenant, agent, key)}"
