@@ -71,7 +71,6 @@ class Request(Frozen):
     """Unique per tenant; the workflow id derives from it."""
     body: Ref
     body_kind: str = "json"
-    publish_at: AwareDatetime | None = None
 
 
 class Evidence(Frozen):

@@ -1,0 +1,235 @@
+"""The gate: whether an intent has the verdicts it needs. Pure, so that who waits and who acts agree.
+
+A payload from a person or a program is read leniently by `read_message`; only `judge` decides whether it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, cast
+
+from pydantic import Field, ValidationError
+
+from models.canonical import Digest
+from models.ledger import Event, EventType
+from models.loop import Frozen, GateRule, Intent, Name, Reversibility
+
+
+class Kind(StrEnum):
+    """The four answers."""
+
+    APPROVE = "approve"
+    REJECT = "reject"
+    REVISE = "revise"
+    DELEGATE = "delegate"
+
+
+class Assurance(StrEnum):
+    """How surely we know who answered."""
+
+    CLAIMED = "claimed"
+    PRINCIPAL = "principal"
+    SIGNED = "signed"
+
+
+class Answer(Frozen):
+    """What a person sends: the digest they read, who they say they are, and why."""
+
+    digest: Digest
+    approver: str = Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")
+    comment: str = Field(default="", max_length=4000)
+    """For revise: the feedback the agent gets."""
+    to: str | None = Field(default=None, max_length=200)
+    """For delegate: who should answer instead."""
+    role: Name | None = None
+
+
+class Verdict(Frozen):
+    """An answer that was given to one intent."""
+
+    kind: Kind
+    digest: Digest
+    approver: str
+    assurance: Assurance = Assurance.CLAIMED
+    comment: str = ""
+    to: str | None = None
+    role: Name | None = None
+
+
+class Refusal(Frozen):
+    """Why an answer does not count, and what would."""
+
+    kind: Kind
+    field: str
+    remedy: str
+    approver: str = "unknown"
+
+
+class Judged(Frozen):
+    """The reply to an answer."""
+
+    counted: bool
+    state: str
+    digest: Digest | None = None
+    field: str = ""
+    remedy: str = ""
+
+
+class Standing(StrEnum):
+    """What the gate says about an intent."""
+
+    WAITING = "waiting"
+    PASSED = "passed"
+    REJECTED = "rejected"
+    REVISED = "revised"
+    EXPIRED = "expired"
+
+
+def read_message(kind: Kind, payloads: Sequence[Any]) -> Answer | Refusal:
+    """Read whatever arrived as an answer; anything else becomes a refusal that says what to send."""
+    if len(payloads) != 1:
+        count = "nothing" if not payloads else f"{len(payloads)} payloads"
+        return Refusal(
+            kind=kind, field="input", remedy=f"got {count}; send one JSON object with digest and approver"
+        )
+    payload = payloads[0]
+    if not isinstance(payload, dict):
+        return Refusal(kind=kind, field="input", remedy="send one JSON object with digest and approver")
+    given = cast(dict[str, Any], payload)
+    try:
+        answer = Answer.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "input"
+        return Refusal(
+            kind=kind,
+            field=field,
+            remedy=f"{first['msg']}; copy the JSON from the card",
+            approver=_claimed(given),
+        )
+    if kind is Kind.REVISE and not answer.comment.strip():
+        return Refusal(kind=kind, field="comment", remedy="say what to change", approver=answer.approver)
+    if kind is Kind.DELEGATE and not answer.to:
+        return Refusal(
+            kind=kind, field="to", remedy="name who should answer instead", approver=answer.approver
+        )
+    return answer
+
+
+def judge(
+    kind: Kind,
+    answer: Answer,
+    intent: Intent,
+    digest: str,
+    counted: Iterable[Verdict],
+    closes_at: datetime,
+    now: datetime,
+) -> Verdict | Refusal:
+    """Decide whether an answer counts towards the intent named by `digest`."""
+
+    def refuse(field: str, remedy: str) -> Refusal:
+        return Refusal(kind=kind, field=field, remedy=remedy, approver=answer.approver)
+
+    if answer.digest != digest:
+        return refuse(
+            "digest", f"{answer.digest[:12]}… is not what is waiting; read the card and answer {digest}"
+        )
+    if now > closes_at:
+        return refuse("digest", f"the intent expired at {closes_at.isoformat()}; start the request again")
+    if intent.gate.roles and kind is Kind.APPROVE and answer.role not in intent.gate.roles:
+        return refuse("role", f"answer with one of the roles {', '.join(intent.gate.roles)}")
+    verdicts = tuple(counted)
+    if standing(intent, verdicts) is not Standing.WAITING:
+        return refuse("digest", "a verdict on it has already counted; nothing more is needed")
+    holder = assignee(verdicts)
+    if holder is not None and answer.approver != holder:
+        return refuse("approver", f"this was delegated to {holder}; only they can answer")
+    if kind is Kind.APPROVE and any(
+        v.kind is Kind.APPROVE and v.approver == answer.approver for v in verdicts
+    ):
+        return refuse("approver", "this person has approved already; a different one is needed")
+    return Verdict(
+        kind=kind,
+        digest=digest,
+        approver=answer.approver,
+        comment=answer.comment,
+        to=answer.to,
+        role=answer.role,
+    )
+
+
+def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
+    """What counted verdicts, in the order in which they were recorded, amount to."""
+    if is_automatic(intent):
+        return Standing.PASSED
+    approvals: dict[str, Name | None] = {}
+    for verdict in verdicts:
+        if verdict.kind is Kind.REJECT:
+            return Standing.REJECTED
+        if verdict.kind is Kind.REVISE:
+            return Standing.REVISED
+        if verdict.kind is Kind.APPROVE:
+            approvals[verdict.approver] = verdict.role
+            if _sufficient(intent.gate, approvals):
+                return Standing.PASSED
+    return Standing.WAITING
+
+
+def is_automatic(intent: Intent) -> bool:
+    """No person is needed: policy says so, and nothing in it is beyond recall."""
+    harmless = (Reversibility.READ_ONLY, Reversibility.REVERSIBLE)
+    return intent.gate.automatic and all(plan.reversibility in harmless for plan in intent.plans)
+
+
+def assignee(verdicts: Iterable[Verdict]) -> str | None:
+    """The person it was last delegated to, if any."""
+    holder = None
+    for verdict in verdicts:
+        if verdict.kind is Kind.DELEGATE:
+            holder = verdict.to
+    return holder
+
+
+def closes_at(intent: Intent, delivered_at: datetime | None) -> datetime:
+    """Expiry runs from the first delivery; the absolute limit always runs."""
+    if delivered_at is None:
+        return intent.expires_at
+    return min(intent.expires_at, delivered_at + timedelta(seconds=intent.gate.expire_seconds))
+
+
+def counted_verdicts(events: Iterable[Event], digest: str) -> tuple[Verdict, ...]:
+    """Verdicts on one digest among a stream's events, in order."""
+    bodies = (event.body for event in events if event.type is EventType.VERDICT)
+    return tuple(Verdict.model_validate(body) for body in bodies if body.get("digest") == digest)
+
+
+def may_act(events: Sequence[Event], intent: Intent, digest: str) -> str | None:
+    """Why an effect of this intent may not happen now; `None` if it may. For the worker that acts.
+
+    `events` is the whole stream of the intent's run, in order.
+    """
+    logged = [e for e in events if e.type is EventType.INTENT]
+    if not logged or all(e.body.get("digest") != digest for e in logged):
+        return "no such intent stands in the ledger"
+    if logged[-1].body.get("digest") != digest:
+        return "a later intent replaced this one"
+    if any(e.type is EventType.OUTCOME for e in events):
+        return "the run has ended"
+    verdicts = counted_verdicts(events, digest)
+    late = [e for e in events if e.type is EventType.VERDICT and e.recorded_at > intent.expires_at]
+    if late:
+        return "a verdict was recorded after the absolute limit"
+    now_stands = standing(intent, verdicts)
+    return None if now_stands is Standing.PASSED else f"the gate says {now_stands}"
+
+
+def _sufficient(rule: GateRule, approvals: dict[str, Name | None]) -> bool:
+    covered = {role for role in approvals.values() if role is not None}
+    return len(approvals) >= rule.approvals and covered.issuperset(rule.roles)
+
+
+def _claimed(given: dict[str, Any]) -> str:
+    name = given.get("approver")
+    return name[:200] if isinstance(name, str) and name else "unknown"
