@@ -110,6 +110,8 @@ class Proposal(Frozen):
     estimated: Cost = Cost()
     concerns: tuple[str, ...] = ()
     """Checks that did not pass, in words for the approver."""
+    not_before: AwareDatetime | None = None
+    """Apply no earlier than this, however early it was approved."""
 
 
 class Plan(Frozen):

@@ -1,0 +1,56 @@
+"""Names other systems see: task queues, search attributes, memo keys, states of a run."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+NAMESPACE = "default"
+
+
+class Queue(StrEnum):
+    """One task queue per role; inference has one per tier, see `infer_queue`."""
+
+    DECIDE = "decide"
+    REMEMBER = "remember"
+    ACT = "act"
+
+
+class Role(StrEnum):
+    """A worker process's job."""
+
+    DECIDE = "decide"
+    INFER = "infer"
+    REMEMBER = "remember"
+    ACT = "act"
+    INTAKE = "intake"
+    DESK = "desk"
+
+
+class State(StrEnum):
+    """Where a run stands, as the search attribute says it."""
+
+    THINKING = "thinking"
+    WAITING = "waiting"
+    SCHEDULED = "scheduled"
+    ACTING = "acting"
+    DONE = "done"
+
+
+class Attribute(StrEnum):
+    """Typed search attributes, registered on start."""
+
+    STATE = "CountersignState"
+    AGENT = "CountersignAgent"
+    TENANT = "CountersignTenant"
+    RISK = "CountersignRisk"
+    WAITING_SINCE = "CountersignWaitingSince"
+
+
+MEMO_CARD = "card"
+MEMO_DIGEST = "digest"
+MEMO_ANSWER = "answer"
+
+
+def infer_queue(tier: str, region: str | None = None) -> str:
+    """The queue of one tier; a request bound to a region can only run on that region's."""
+    return f"infer-{tier}" if region is None else f"infer-{tier}-{region}"
