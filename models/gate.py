@@ -1,6 +1,7 @@
 """The gate: whether an intent has the verdicts it needs. Pure, so that who waits and who acts agree.
 
-A payload from a person or a program is read leniently by `read_message`; only `judge` decides whether it counts.
+A payload from a person or a program is read leniently by `read_message`; only `judge` decides whether it
+counts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""The SQL tables. Only `activities/**` imports this; times are aware UTC, kept as integer microseconds."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Index, Integer, LargeBinary, Table, UniqueConstraint
+from sqlmodel import Field, SQLModel
+
+BIG = BigInteger().with_variant(Integer, "sqlite")
+"""64 bits everywhere; SQLite keys must say INTEGER."""
+
+
+class LogHead(SQLModel, table=True):
+    """The size of one tenant's log; its row serialises appends, so that `seq` has no gaps."""
+
+    __tablename__ = "log_head"  # pyright: ignore[reportAssignmentType]
+    log_id: str = Field(primary_key=True)
+    size: int = Field(default=0, sa_type=BIG)
+
+
+class EventRow(SQLModel, table=True):
+    """One event. `envelope` holds the canonical bytes that `leaf_hash` names; columns are for search."""
+
+    __tablename__ = "event"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (
+        UniqueConstraint("log_id", "stream", "version"),
+        UniqueConstraint("log_id", "event_id"),
+        Index("event_by_correlation", "log_id", "correlation_id", "seq"),
+    )
+    log_id: str = Field(primary_key=True)
+    seq: int = Field(primary_key=True, sa_type=BIG)
+    event_id: str
+    stream: str
+    version: int
+    type: str
+    correlation_id: str
+    recorded_at: int = Field(sa_type=BIG)
+    envelope: bytes = Field(sa_type=LargeBinary)
+    leaf_hash: str
+
+
+class Blob(SQLModel, table=True):
+    """Immutable bytes named by their SHA-256."""
+
+    __tablename__ = "blob"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    digest: str = Field(primary_key=True)
+    media_type: str
+    data_class: str = "internal"
+    region: str | None = None
+    stored_at: int = Field(sa_type=BIG)
+    data: bytes = Field(sa_type=LargeBinary)
+
+
+class Claim(SQLModel, table=True):
+    """A request key that was taken, by which body, and how it ended."""
+
+    __tablename__ = "claim"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    agent: str = Field(primary_key=True)
+    key: str = Field(primary_key=True)
+    body_digest: str
+    workflow_id: str = Field(index=True)
+    claimed_at: int = Field(sa_type=BIG)
+    outcome: str | None = None
+    """JSON of the Outcome once there is one."""
+
+
+class Effect(SQLModel, table=True):
+    """One use of an action key: reserved before anything is sent, confirmed after."""
+
+    __tablename__ = "effect"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    key: str = Field(primary_key=True)
+    workflow_id: str = Field(index=True)
+    state: str
+    epoch: int
+    deadline: int = Field(sa_type=BIG)
+    settles: int = Field(sa_type=BIG)
+    """From here on "absent at the target" may be believed."""
+    result: str | None = None
+    """JSON of what the target said."""
+
+
+class MemoryRow(SQLModel, table=True):
+    """A long-lived record; its text is a blob."""
+
+    __tablename__ = "memory"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (Index("memory_by_tenant", "tenant", "kind", "recorded_at"),)
+    tenant: str = Field(primary_key=True)
+    record_id: str = Field(primary_key=True)
+    kind: str
+    title: str
+    text_digest: str
+    text_size: int
+    media_type: str
+    source: str
+    data_class: str
+    links: str = "[]"
+    recorded_at: int = Field(sa_type=BIG)
+    position: int = Field(sa_type=BIG, index=True, unique=True)
+    """Order of writing over all tenants; what an index has read up to."""
+
+
+class EmbeddingRow(SQLModel, table=True):
+    """The unit vector of one record under one model, little-endian float32."""
+
+    __tablename__ = "embedding"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    record_id: str = Field(primary_key=True)
+    model: str = Field(primary_key=True)
+    position: int = Field(sa_type=BIG, index=True)
+    """Order of writing over all tenants and models."""
+    vector: bytes = Field(sa_type=LargeBinary)
+
+
+class ModelCall(SQLModel, table=True):
+    """What one model call took; the measurements that estimates rest on."""
+
+    __tablename__ = "model_call"  # pyright: ignore[reportAssignmentType]
+    id: str = Field(primary_key=True)
+    tier: str
+    task: str
+    model: str
+    milliseconds: int
+    prompt_tokens: int
+    completion_tokens: int
+    called_at: int = Field(sa_type=BIG, index=True)
+
+
+def table(model: type[SQLModel]) -> Table:
+    """The Core table of a model, for statements that name columns."""
+    return SQLModel.metadata.tables[str(model.__tablename__)]
