@@ -11,7 +11,7 @@ COMPILE := $(UV) pip compile --quiet --no-header --generate-hashes
 
 # Stamps carry the content of what they were made from, so that a changed lock or a moved folder installs again
 # and a touched file does not.
-hash = $(shell { cat requirements-uv.lock pyproject.toml $(1); echo $(CURDIR); } | cksum | cut -d' ' -f1)
+hash = $(shell { cat requirements-uv.lock requirements-build.lock pyproject.toml $(1); echo $(CURDIR); } | cksum | cut -d' ' -f1)
 DEV := $(VENV)/.stamp-dev-$(call hash,requirements-dev.lock)
 RUN := $(VENV)/.stamp-run-$(call hash,requirements.lock)
 
@@ -52,6 +52,7 @@ lock: $(BIN)/.uv ## resolve the versions again
 	$(COMPILE) pyproject.toml -o requirements.lock
 	$(COMPILE) pyproject.toml --group dev -o requirements-dev.lock
 	$(COMPILE) requirements-uv.in -o requirements-uv.lock
+	$(COMPILE) requirements-build.in -o requirements-build.lock
 
 clean: ## remove the environment; data in var/ stays
 	rm -rf $(VENV) *.egg-info .ruff_cache .hypothesis
@@ -78,6 +79,8 @@ $(RUN): | $(BIN)/.uv
 	rm -f $(VENV)/.stamp-run-*
 	touch $@
 
+# What builds our own package is pinned by hash as well; it runs code.
 define install
-$(UV) pip sync --quiet --require-hashes $(1) && $(UV) pip install --quiet --no-deps -e .
+$(UV) pip sync --quiet --require-hashes $(1) && \
+  $(UV) pip install --quiet --no-deps --build-constraints requirements-build.lock -e .
 endef

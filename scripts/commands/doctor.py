@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from base64 import urlsafe_b64decode
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib import metadata
@@ -80,13 +80,13 @@ def can_start(findings: list[Finding]) -> bool:
     return all(each.health is not Health.FAILED for each in findings)
 
 
-async def examine() -> list[Finding]:
+async def examine(environ: Mapping[str, str] | None = None, folder: Path | None = None) -> list[Finding]:
     """Look at everything; settings that cannot be read are a finding too."""
     try:
-        chosen = config.chosen_file()
-        settings = config.load()
+        chosen = config.chosen_file(environ, folder)
+        settings = config.load(environ, folder)
     except InvalidInput as error:
-        return [_python(), Finding("settings", Health.FAILED, str(error), "correct them")]
+        return [_python(), Finding("settings", Health.FAILED, error.message, "correct them")]
     first = [_python(), Finding("settings", Health.OK, str(chosen or "shipped defaults"))]
     looks: tuple[Look, ...] = (_programs, _temporal, _weights, _data, _database, _ports, _servers)
     return first + [finding for look in looks for finding in await look(settings)]
@@ -155,7 +155,7 @@ def _weight(name: str, package: str, file: str) -> Finding:
     except (metadata.PackageNotFoundError, StopIteration, OSError):
         return Finding(name, Health.FAILED, f"{package}/{file} is missing", "run `make setup`")
     except InvalidInput as error:
-        return Finding(name, Health.FAILED, str(error), "run `make clean setup`")
+        return Finding(name, Health.FAILED, error.message, "run `make clean setup`")
     return Finding(name, Health.OK, f"{file}, SHA-256 {said[:12]}… as published", str(path.parent))
 
 
@@ -199,7 +199,7 @@ async def _ports(settings: Settings) -> list[Finding]:
     try:
         wanted = stack.ports(settings)
     except InvalidInput as error:
-        return [Finding("ports", Health.FAILED, str(error))]
+        return [Finding("ports", Health.FAILED, error.message)]
     if pid := stack.holder(settings):
         return [Finding("ports", Health.OK, f"used by `countersign up`, pid {pid}", "stop it before another")]
     return [_port_finding(port) for port in wanted if stack.is_taken(port)] or [

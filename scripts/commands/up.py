@@ -17,7 +17,7 @@ from rich.console import Console
 
 from models.errors import InvalidInput, Unavailable
 from models.settings import Settings
-from scripts.stack import Stack, run_stack, stack
+from scripts.stack import Migrate, Stack, run_stack, stack
 from scripts.supervisor import Note, Phase
 from workers import config
 
@@ -48,12 +48,12 @@ def up(
     raise typer.Exit(code)
 
 
-async def serve(settings: Settings, console: Console) -> int:
+async def serve(settings: Settings, console: Console, migrate: Migrate | None = None) -> int:
     """Run the stack until SIGINT or SIGTERM, also while it is still starting; returns the exit code."""
     progress = Progress(console)
     asked = _stop_on_signals()
     with suppress(asyncio.CancelledError):
-        async with stack(settings, progress.take) as running:
+        async with stack(settings, progress.take, migrate) as running:
             progress.ready(running)
             await asyncio.Event().wait()
     if not asked.is_set():
