@@ -64,6 +64,12 @@ class BudgetExceeded(Final):
     benign = True
 
 
+class Declined(Final):
+    """The agent has nothing to propose, and says why; the run ends without an intent."""
+
+    benign = True
+
+
 class CredentialsRejected(Final):
     """The target answered 401 or 403."""
 

@@ -14,8 +14,8 @@ from typing import Any, cast
 from pydantic import Field, ValidationError
 
 from models.canonical import Digest
-from models.ledger import Event, EventType
-from models.loop import Frozen, GateRule, Intent, Name, Reversibility
+from models.ledger import Entry, EventType
+from models.loop import Frozen, GateRule, Intent, Name, Ref, Reversibility
 
 
 class Kind(StrEnum):
@@ -54,7 +54,7 @@ class Verdict(Frozen):
     digest: Digest
     approver: str
     assurance: Assurance = Assurance.CLAIMED
-    comment: str = ""
+    comment: Ref | None = None
     to: str | None = None
     role: Name | None = None
 
@@ -155,7 +155,6 @@ def judge(
         kind=kind,
         digest=digest,
         approver=answer.approver,
-        comment=answer.comment,
         to=answer.to,
         role=answer.role,
     )
@@ -200,30 +199,45 @@ def closes_at(intent: Intent, delivered_at: datetime | None) -> datetime:
     return min(intent.expires_at, delivered_at + timedelta(seconds=intent.gate.expire_seconds))
 
 
-def counted_verdicts(events: Iterable[Event], digest: str) -> tuple[Verdict, ...]:
+def counted_verdicts(entries: Iterable[Entry], digest: str) -> tuple[Verdict, ...]:
     """Verdicts on one digest among a stream's events, in order."""
-    bodies = (event.body for event in events if event.type is EventType.VERDICT)
+    bodies = (entry.body for entry in entries if entry.type is EventType.VERDICT)
     return tuple(Verdict.model_validate(body) for body in bodies if body.get("digest") == digest)
 
 
-def may_act(events: Sequence[Event], intent: Intent, digest: str) -> str | None:
+def may_act(entries: Sequence[Entry], intent: Intent, digest: str, now: datetime) -> str | None:
     """Why an effect of this intent may not happen now; `None` if it may. For the worker that acts.
 
-    `events` is the whole stream of the intent's run, in order.
+    `entries` is the whole stream of the run, in order; `digest` names the bytes `intent` was read from.
     """
-    logged = [e for e in events if e.type is EventType.INTENT]
-    if not logged or all(e.body.get("digest") != digest for e in logged):
+    logged = [entry for entry in entries if entry.type is EventType.INTENT]
+    if not logged or all(entry.body.get("digest") != digest for entry in logged):
         return "no such intent stands in the ledger"
     if logged[-1].body.get("digest") != digest:
         return "a later intent replaced this one"
-    if any(e.type is EventType.OUTCOME for e in events):
+    if any(entry.type is EventType.OUTCOME for entry in entries):
         return "the run has ended"
-    verdicts = counted_verdicts(events, digest)
-    late = [e for e in events if e.type is EventType.VERDICT and e.recorded_at > intent.expires_at]
-    if late:
+    if any(_late(entry, intent, digest) for entry in entries):
         return "a verdict was recorded after the absolute limit"
-    now_stands = standing(intent, verdicts)
+    if intent.proposal.not_before is not None and now < intent.proposal.not_before:
+        return f"it may not happen before {intent.proposal.not_before.isoformat()}"
+    now_stands = standing(intent, counted_verdicts(entries, digest))
     return None if now_stands is Standing.PASSED else f"the gate says {now_stands}"
+
+
+def may_undo(entries: Sequence[Entry], digest: str, action: int) -> str | None:
+    """Why an applied action may not be taken back now; `None` if its run has decided to."""
+    if any(entry.type is EventType.OUTCOME for entry in entries):
+        return "the run has ended"
+    decided = (entry.body for entry in entries if entry.type is EventType.COMPENSATION)
+    if not any(body.get("digest") == digest and action in body.get("actions", ()) for body in decided):
+        return "the run has not decided to take it back"
+    return None
+
+
+def _late(entry: Entry, intent: Intent, digest: str) -> bool:
+    is_ours = entry.type is EventType.VERDICT and entry.body.get("digest") == digest
+    return is_ours and entry.recorded_at > intent.expires_at
 
 
 def _sufficient(rule: GateRule, approvals: dict[str, Name | None]) -> bool:

@@ -62,6 +62,15 @@ class Event(Draft):
     leaf_hash: Digest
 
 
+class Entry(Frozen):
+    """What a workflow needs of an event that stands in its stream."""
+
+    version: int
+    type: EventType
+    body: dict[str, Any]
+    recorded_at: AwareDatetime
+
+
 class Append(Frozen):
     """Drafts for one stream, all or none, at the version after `expected`."""
 
@@ -69,15 +78,32 @@ class Append(Frozen):
     stream: str
     expected: int = Field(ge=0)
     drafts: tuple[Draft, ...] = Field(min_length=1)
+    comment: str = Field(default="", max_length=4000)
+    """A person's words; kept as a blob, whose reference becomes `comment` in the last draft's body."""
+    keep: tuple[str, ...] = ()
+    """Texts to store in the same commit, since the drafts refer to them."""
 
 
 class Appended(Frozen):
-    """What stands from `expected` + 1 on; `won` says whether it is what was asked for."""
+    """Whether the drafts stand where they were meant to.
 
-    events: tuple[Event, ...]
+    `entries` is what stands from `expected` + 1 on, left out when the caller knows it already.
+    """
+
     won: bool
+    entries: tuple[Entry, ...] = ()
 
 
 def event_id(tenant: str, workflow_id: str, chain: str, step: str, ordinal: int) -> str:
     """The id of the `ordinal`-th event of a step; `chain` is the first run id of a continue-as-new chain."""
     return derived_id("event", tenant, workflow_id, chain, step, ordinal)
+
+
+def act_stream(workflow_id: str) -> str:
+    """The stream in which the act worker records what it did for a run."""
+    return f"{workflow_id}/act"
+
+
+def route_stream(workflow_id: str) -> str:
+    """The stream in which the routes of a run are recorded."""
+    return f"{workflow_id}/route"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from enum import StrEnum
 from typing import Annotated
 
@@ -69,8 +70,8 @@ class Request(Frozen):
     agent: Name
     key: str = Field(min_length=1, max_length=200)
     """Unique per tenant; the workflow id derives from it."""
-    body: Ref
-    body_kind: str = "json"
+    body: Ref | Annotated[str, StringConstraints(min_length=1, max_length=65536)]
+    """A stored blob, or the text itself, which then stands in Temporal's history."""
 
 
 class Evidence(Frozen):
@@ -192,6 +193,21 @@ class Outcome(Frozen):
     cost: Cost = Cost()
 
 
+def sum_costs(so_far: Cost | None, more: Cost) -> Cost:
+    """Add up; what is unknown in one part is unknown in the sum, and currencies never mix."""
+    if so_far is None:
+        return more
+    amount, currency = None, None
+    if so_far.amount is not None and more.amount is not None and so_far.currency == more.currency:
+        amount, currency = str(Decimal(so_far.amount) + Decimal(more.amount)), more.currency
+    return Cost(
+        amount=amount,
+        currency=currency,
+        milliseconds=_added(so_far.milliseconds, more.milliseconds),
+        tokens=_added(so_far.tokens, more.tokens),
+    )
+
+
 def action_key(digest: str, number: int) -> str:
     """The key of action `number` of the intent with this digest; the same for every attempt."""
     return f"{digest}.{number}"
@@ -200,3 +216,7 @@ def action_key(digest: str, number: int) -> str:
 def workflow_id(tenant: str, agent: str, key: str) -> str:
     """The run's id, derived from the request key, so that a repeated request finds it."""
     return f"{agent}-{derived_id('request', tenant, agent, key)}"
+
+
+def _added(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second

@@ -82,10 +82,13 @@ class Effect(SQLModel, table=True):
 
 
 class MemoryRow(SQLModel, table=True):
-    """A long-lived record; its text is a blob."""
+    """A long-lived record; its text is a blob. Never deleted: a forgotten one is emptied and stays."""
 
     __tablename__ = "memory"  # pyright: ignore[reportAssignmentType]
-    __table_args__ = (Index("memory_by_tenant", "tenant", "kind", "recorded_at"),)
+    __table_args__ = (
+        Index("memory_by_tenant", "tenant", "kind", "recorded_at"),
+        Index("memory_by_age", "tenant", "recorded_at"),
+    )
     tenant: str = Field(primary_key=True)
     record_id: str = Field(primary_key=True)
     kind: str
@@ -99,18 +102,22 @@ class MemoryRow(SQLModel, table=True):
     recorded_at: int = Field(sa_type=BIG)
     position: int = Field(sa_type=BIG, index=True, unique=True)
     """Order of writing over all tenants; what an index has read up to."""
+    forgotten_at: int | None = Field(default=None, sa_type=BIG)
+    """When it was emptied; its row stays, so that a late retry cannot bring it back."""
 
 
 class EmbeddingRow(SQLModel, table=True):
-    """The unit vector of one record under one model, little-endian float32."""
+    """The unit vector of one record under one model. Written once, later at most emptied, never deleted."""
 
     __tablename__ = "embedding"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (Index("embedding_feed", "tenant", "model", "position"),)
     tenant: str = Field(primary_key=True)
     record_id: str = Field(primary_key=True)
     model: str = Field(primary_key=True)
-    position: int = Field(sa_type=BIG, index=True)
-    """Order of writing over all tenants and models."""
+    position: int = Field(sa_type=BIG, index=True, unique=True)
+    """Order of change over all tenants and models; emptying moves it up, so readers see that too."""
     vector: bytes = Field(sa_type=LargeBinary)
+    """Little-endian float32; empty once the record is forgotten."""
 
 
 class ModelCall(SQLModel, table=True):

@@ -22,7 +22,6 @@ class Role(StrEnum):
     INFER = "infer"
     REMEMBER = "remember"
     ACT = "act"
-    INTAKE = "intake"
     DESK = "desk"
 
 

@@ -1,0 +1,367 @@
+"""The one place that touches targets: dry runs, effects, undoing. It believes the ledger and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import Connection
+
+from activities.connectors.base import Applied, Connector, Work
+from activities.services.content import ContentStore, get_blob, put_blob
+from activities.services.database import Database
+from activities.services.ledger_store import add_in, entries_in
+from activities.services.reservations import (
+    Claimant,
+    Clock,
+    Held,
+    Hold,
+    Turn,
+    close,
+    confirm,
+    confirmed,
+    look,
+    reserve,
+)
+from models.canonical import derived_id
+from models.errors import ConnectorRejected, ConnectorUnavailable, PolicyDenied, PreconditionLost, UnknownName
+from models.gate import may_act, may_undo
+from models.ledger import Draft, EventType, act_stream
+from models.loop import Action, Intent, Plan, Receipt, action_key
+from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
+from models.policy import Policy, permit, policy_digest
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """An order with everything it names read back from what was bound."""
+
+    order: EffectOrder
+    intent: Intent
+    plan: Plan
+    work: Work
+    connector: Connector
+    expected: str
+    who: Claimant
+    refusal: str | None = None
+    stale: str | None = None
+    hold: Hold | None = None
+
+
+class Actor:
+    """Carries out what people countersigned, once."""
+
+    def __init__(
+        self,
+        database: Database,
+        connectors: Mapping[str, Connector],
+        policy: Policy,
+        attempt: timedelta,
+        clock: Clock,
+    ) -> None:
+        """`attempt` is how long one attempt may go on before it may no longer send."""
+        self._database = database
+        self._content = ContentStore(database)
+        self._connectors = connectors
+        self._policy = policy
+        self._attempt = attempt
+        self._clock = clock
+
+    async def plan(self, order: PlanOrder) -> Planned:
+        """Dry-run the numbered actions of a proposal.
+
+        Raises:
+            PolicyDenied: an action is outside the agent's policy.
+            InvalidInput, UnknownName: the connector refuses the arguments or does not exist.
+        """
+        permit(self._policy.of(order.proposal.agent), order.proposal)
+        return Planned(plans=tuple([await self._plan(order, number) for number in order.numbers]))
+
+    async def apply(self, order: EffectOrder) -> Effect:
+        """Do one action, unless it was done, or may not be done.
+
+        Raises:
+            ConnectorUnavailable: no answer; calling again is safe.
+            ConnectorRejected: the target refused for good; nothing was done.
+        """
+        job = await self._database.write(lambda link: self._open(link, order, undo=False))
+        if job.refusal is not None:
+            return Effect(what=Effected.REFUSED, reason=job.refusal)
+        if job.stale is not None:
+            return await self._drifted(job, job.stale)
+        if (ended := _ended(job)) is not None:
+            return ended
+        found = await self._found(job)
+        try:
+            applied = found or await self._send(job)
+        except PreconditionLost as error:
+            return await self._drifted(job, error.message)
+        except ConnectorRejected as error:
+            await self._close(job, Held.CLOSED, f"the target refused: {type(error).__name__}")
+            raise
+        return await self._confirmed(job, applied)
+
+    async def verify(self, order: EffectOrder) -> Effect:
+        """Look at an applied action as a reader of the target would.
+
+        Raises:
+            ConnectorUnavailable: it cannot be seen yet.
+        """
+        job = await self._database.read(lambda link: self._read(link, order, undo=False))
+        receipt = await self._receipt(order)
+        return Effect(what=Effected.APPLIED, receipt=await self._verified(job, receipt))
+
+    async def settle(self, order: EffectOrder) -> Effect:
+        """Find out what became of an action that nobody will try again, and close its key.
+
+        Raises:
+            ConnectorUnavailable: too early to tell, or the target does not answer.
+        """
+        job = await self._database.write(lambda link: self._look(link, order))
+        hold = job.hold
+        if hold is not None and hold.turn in (Turn.WAIT, Turn.ASK):
+            found = await job.connector.find(job.who.key, job.work)
+            if found is not None:
+                return await self._confirmed(job, found)
+            if hold.turn is Turn.WAIT:
+                raise _too_early(hold.until, self._clock())
+            hold = None
+        if hold is not None:
+            return await self._truth(job, hold)
+        await self._close(job, Held.CLOSED, "no attempt was made, or none arrived")
+        return Effect(what=Effected.ABSENT)
+
+    async def undo(self, order: EffectOrder) -> Effect:
+        """Take an applied action back, once.
+
+        Raises:
+            ConnectorUnavailable: no answer; calling again is safe.
+            ConnectorRejected: it cannot be taken back.
+        """
+        receipt = await self._receipt(order)
+        job = await self._database.write(lambda link: self._open(link, order, undo=True))
+        if job.refusal is not None:
+            return Effect(what=Effected.REFUSED, reason=job.refusal)
+        if (ended := _ended(job)) is not None:
+            return ended.model_copy(update={"what": Effected.UNDONE}) if ended.receipt else ended
+        found = await self._found(job)
+        applied = found or await self._guarded(job, self._take_back(job, _applied(receipt)))
+        kept = await self._keep_receipt(job, _receipt_of(job, applied, verified=True))
+        return Effect(what=Effected.UNDONE, receipt=kept)
+
+    async def _plan(self, order: PlanOrder, number: int) -> Plan:
+        action = order.proposal.actions[number]
+        connector = self._connector(action.connector)
+        dry = await connector.plan(await self._work(order.tenant, action))
+        diff = await self._database.write(
+            lambda link: put_blob(link, order.tenant, dry.diff.encode(), "text/x-diff; charset=utf-8")
+        )
+        return Plan(
+            action=number,
+            connector=action.connector,
+            operation=action.operation,
+            target=dry.target,
+            target_version=dry.version,
+            diff=diff,
+            reversibility=dry.reversibility,
+            guarantee=connector.guarantee,
+            undo=dry.undo,
+            cost=dry.cost,
+        )
+
+    def _connector(self, name: str) -> Connector:
+        try:
+            return self._connectors[name]
+        except KeyError:
+            known = ", ".join(sorted(self._connectors)) or "none"
+            raise UnknownName(f"connector: {name!r} is not configured; known: {known}") from None
+
+    async def _work(self, tenant: str, action: Action) -> Work:
+        return Work(action.operation, json.loads(await self._content.get(tenant, action.arguments)))
+
+    def _open(self, link: Connection, order: EffectOrder, undo: bool) -> _Job:
+        """Gate and reservation in one transaction, so that nothing can slip between them."""
+        job = self._read(link, order, undo)
+        now = self._clock()
+        reason = _refusal(link, job, undo, now)
+        if reason is not None:
+            _log_refusal(link, job, reason, now)
+            return replace(job, refusal=reason)
+        if not undo and job.intent.policy_digest != policy_digest(self._policy.of(job.intent.proposer)):
+            return replace(job, stale="the policy has changed since this was approved")
+        return replace(job, hold=reserve(link, job.who, now))
+
+    def _look(self, link: Connection, order: EffectOrder) -> _Job:
+        job = self._read(link, order, undo=False)
+        return replace(job, hold=look(link, job.who, self._clock()))
+
+    def _read(self, link: Connection, order: EffectOrder, undo: bool) -> _Job:
+        intent = Intent.model_validate_json(get_blob(link, order.tenant, order.digest))
+        plan = next((plan for plan in intent.plans if plan.action == order.action), None)
+        if plan is None or intent.workflow_id != order.workflow_id or intent.tenant != order.tenant:
+            raise PolicyDenied(f"action {order.action} is not part of intent {order.digest[:12]}…")
+        action = intent.proposal.actions[order.action]
+        connector = self._connector(action.connector)
+        arguments = json.loads(get_blob(link, order.tenant, action.arguments.digest))
+        return _Job(
+            order=order,
+            intent=intent,
+            plan=plan,
+            work=Work(action.operation, arguments),
+            connector=connector,
+            expected=_expected(link, intent, order, plan),
+            who=self._claimant(order, connector, undo),
+        )
+
+    def _claimant(self, order: EffectOrder, connector: Connector, undo: bool) -> Claimant:
+        key = action_key(order.digest, order.action)
+        return Claimant(
+            tenant=order.tenant,
+            workflow_id=order.workflow_id,
+            key=f"{key}.undo" if undo else key,
+            digest=order.digest,
+            action=order.action,
+            guarantee=connector.guarantee,
+            attempt=self._attempt,
+            settle=connector.settle,
+            event=EventType.COMPENSATION if undo else EventType.APPLY,
+        )
+
+    async def _found(self, job: _Job) -> Applied | None:
+        """What an earlier attempt left at the target, if this is not the first one."""
+        hold = _held(job)
+        if hold.turn not in (Turn.ASK, Turn.WAIT):
+            return None
+        found = await job.connector.find(job.who.key, job.work)
+        if found is None and hold.turn is Turn.WAIT:
+            raise _too_early(hold.until, self._clock())
+        return found
+
+    async def _send(self, job: _Job) -> Applied:
+        deadline = _held(job).deadline
+        return await self._guarded(job, job.connector.apply(job.who.key, job.work, job.expected, deadline))
+
+    async def _take_back(self, job: _Job, applied: Applied) -> Applied:
+        return await job.connector.undo(job.who.key, job.work, applied, _held(job).deadline)
+
+    async def _guarded(self, job: _Job, sending: Any) -> Applied:
+        """Stop sending at the deadline, whatever the connector does."""
+        left = (_held(job).deadline - self._clock()).total_seconds()
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                return await sending
+        except TimeoutError:
+            raise ConnectorUnavailable(
+                f"action {job.who.key}: no answer from {job.plan.connector} before the attempt's deadline"
+            ) from None
+
+    async def _confirmed(self, job: _Job, applied: Applied) -> Effect:
+        receipt = await self._keep_receipt(job, _receipt_of(job, applied, verified=False))
+        try:
+            receipt = await self._verified(job, receipt)
+        except ConnectorUnavailable:
+            # It stands; that a reader cannot see it yet is the verify step's business.
+            return Effect(what=Effected.APPLIED, receipt=receipt)
+        return Effect(what=Effected.APPLIED, receipt=receipt)
+
+    async def _keep_receipt(self, job: _Job, receipt: Receipt) -> Receipt:
+        return await self._database.write(lambda link: confirm(link, job.who, receipt, self._clock()))
+
+    async def _verified(self, job: _Job, receipt: Receipt) -> Receipt:
+        seen = await job.connector.verify(job.work, _applied(receipt))
+        return receipt.model_copy(update={"verified": True, "links": seen.links, "detail": seen.detail[:300]})
+
+    async def _receipt(self, order: EffectOrder) -> Receipt:
+        key = action_key(order.digest, order.action)
+        done = await self._database.read(lambda link: confirmed(link, order.tenant, [key]))
+        if key not in done:
+            raise PolicyDenied(f"action {key} has no receipt; only what was applied can be undone")
+        return done[key]
+
+    async def _truth(self, job: _Job, hold: Hold) -> Effect:
+        if hold.turn is Turn.DOUBT:
+            await self._close(job, Held.DOUBT, "the target cannot be asked")
+        return _ended(replace(job, hold=hold)) or Effect(what=Effected.IN_DOUBT)
+
+    async def _close(self, job: _Job, state: Held, reason: str) -> None:
+        await self._database.write(lambda link: close(link, job.who, self._clock(), state, reason))
+
+    async def _drifted(self, job: _Job, reason: str) -> Effect:
+        await self._close(job, Held.CLOSED, f"drift: {reason[:200]}")
+        return Effect(what=Effected.DRIFTED, reason=reason[:300])
+
+
+def _refusal(link: Connection, job: _Job, undo: bool, now: datetime) -> str | None:
+    entries = entries_in(link, job.order.tenant, job.order.workflow_id)
+    if undo:
+        return may_undo(entries, job.order.digest, job.order.action)
+    return may_act(entries, job.intent, job.order.digest, now)
+
+
+def _log_refusal(link: Connection, job: _Job, reason: str, now: datetime) -> None:
+    stream = act_stream(job.order.workflow_id)
+    draft = Draft(
+        event_id=derived_id("event", job.order.tenant, stream, EventType.REFUSAL, job.who.key, reason),
+        stream=stream,
+        type=EventType.REFUSAL,
+        actor_kind="worker",
+        actor_ref="act",
+        correlation_id=job.order.workflow_id,
+        body={"key": job.who.key, "digest": job.order.digest, "reason": reason},
+    )
+    add_in(link, job.order.tenant, draft, now)
+
+
+def _expected(link: Connection, intent: Intent, order: EffectOrder, plan: Plan) -> str:
+    """The version to find: the plan's, unless an earlier action of this intent has moved the same target."""
+    earlier = [p for p in intent.plans if p.action < plan.action and p.target == plan.target]
+    keys = [action_key(order.digest, p.action) for p in earlier]
+    done = confirmed(link, order.tenant, keys) if keys else {}
+    versions = [done[key].version for key in keys if key in done]
+    return versions[-1] if versions else plan.target_version
+
+
+def _ended(job: _Job) -> Effect | None:
+    hold = _held(job)
+    match hold.turn:
+        case Turn.DONE:
+            return Effect(what=Effected.APPLIED, receipt=hold.receipt)
+        case Turn.CLOSED:
+            return Effect(what=Effected.ABSENT, reason="it was closed earlier")
+        case Turn.DOUBT:
+            return Effect(what=Effected.IN_DOUBT, reason="it cannot be known whether it happened")
+        case _:
+            return None
+
+
+def _held(job: _Job) -> Hold:
+    if job.hold is None:
+        raise LookupError(f"action {job.who.key} holds no reservation")
+    return job.hold
+
+
+def _too_early(until: datetime, now: datetime) -> ConnectorUnavailable:
+    return ConnectorUnavailable(
+        f"an earlier attempt may still arrive until {until.isoformat()}; asking again after that",
+        next_retry_delay=max(until - now, timedelta(milliseconds=50)),
+    )
+
+
+def _applied(receipt: Receipt) -> Applied:
+    return Applied(receipt.reference, receipt.version, receipt.links, receipt.detail)
+
+
+def _receipt_of(job: _Job, applied: Applied, verified: bool) -> Receipt:
+    return Receipt(
+        action_key=job.who.key,
+        action=job.order.action,
+        reference=applied.reference,
+        version=applied.version,
+        links=applied.links,
+        detail=applied.detail[:300],
+        verified=verified,
+    )

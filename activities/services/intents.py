@@ -1,0 +1,106 @@
+"""Binding: from a proposal and its dry runs to canonical bytes, a digest, a card, and an event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection
+
+from activities.services.content import get_blob, put_blob, put_model
+from activities.services.database import Database
+from activities.services.ledger_store import append_in, entries_in
+from activities.services.requests import last_intent
+from models.canonical import sha256
+from models.card import full_card, short_card
+from models.ledger import Draft
+from models.loop import Intent
+from models.orders import Presentation, Presented
+
+MARKDOWN = "text/markdown; charset=utf-8"
+
+
+class Intents:
+    """Puts proposals forward."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        """Events are stamped by the clock."""
+        self._database = database
+        self._clock = clock
+
+    async def present(self, presentation: Presentation) -> Presented:
+        """Bind and log an intent; if the stream has moved on, return what stands there."""
+        return await self._database.write(lambda link: _present(link, presentation, self._clock()))
+
+
+def _present(connection: Connection, presentation: Presentation, now: datetime) -> Presented:
+    tenant = presentation.append.tenant
+    texts = {ref: get_blob(connection, tenant, ref).decode() for ref in _texts(presentation)}
+    intent = _bind(presentation, card_digest="0" * 64)
+    full = full_card(intent, texts)
+    intent = intent.model_copy(update={"card_digest": sha256(full.encode())})
+    put_blob(connection, tenant, full.encode(), MARKDOWN)
+    digest = put_model(connection, tenant, intent).digest
+    card = short_card(intent, digest, full)
+    short = put_blob(connection, tenant, card.encode(), MARKDOWN)
+    drafts = _events(presentation, intent, digest, short.digest)
+    wish = presentation.append.model_copy(update={"drafts": drafts})
+    appended = append_in(connection, wish, now)
+    if appended.won:
+        return Presented(won=True, digest=digest, intent=intent, card=card)
+    standing = entries_in(connection, tenant, wish.stream)
+    bound, card = last_intent(connection, tenant, standing)
+    return Presented(won=False, entries=appended.entries, intent=bound, card=card)
+
+
+def _texts(presentation: Presentation) -> list[str]:
+    reasons = presentation.proposal.reasons
+    return [plan.diff.digest for plan in presentation.plans] + ([reasons.digest] if reasons else [])
+
+
+def _bind(presentation: Presentation, card_digest: str) -> Intent:
+    gate = presentation.policy.gate
+    return Intent(
+        tenant=presentation.append.tenant,
+        workflow_id=presentation.append.stream,
+        request_key=presentation.request.key,
+        number=presentation.number,
+        proposer=presentation.proposal.agent,
+        proposal=presentation.proposal,
+        plans=presentation.plans,
+        already_applied=presentation.already_applied,
+        gate=gate,
+        policy_digest=presentation.policy_digest,
+        card_digest=card_digest,
+        created_at=presentation.created_at,
+        expires_at=presentation.created_at + timedelta(seconds=gate.absolute_seconds),
+        nonce=presentation.nonce,
+    )
+
+
+def _events(presentation: Presentation, intent: Intent, digest: str, short: str) -> tuple[Draft, Draft]:
+    plans, intents = presentation.append.drafts
+    plan = {
+        "number": intent.number,
+        "plans": [
+            {
+                "action": one.action,
+                "connector": one.connector,
+                "operation": one.operation,
+                "version": one.target_version,
+                "reversibility": one.reversibility.value,
+                "guarantee": one.guarantee.value,
+                "diff": one.diff.digest,
+            }
+            for one in intent.plans
+        ],
+    }
+    bound = {
+        "digest": digest,
+        "number": intent.number,
+        "card": intent.card_digest,
+        "short_card": short,
+        "policy": intent.policy_digest,
+        "expires_at": intent.expires_at.isoformat(),
+    }
+    return plans.model_copy(update={"body": plan}), intents.model_copy(update={"body": bound})

@@ -1,0 +1,170 @@
+"""Requests and their ends: the claim on a request key, and the outcome that answers it for ever after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import Connection, select, update
+
+from activities.services.content import get_blob, put_blob
+from activities.services.database import Database, to_micros
+from activities.services.ledger_store import append_in, entries_in
+from activities.services.memory_store import keep
+from models.ledger import Append, Appended, Draft, Entry, EventType, event_id
+from models.loop import Intent, Outcome, Proposal, Ref, Request
+from models.orders import Admission, Admitted, Conclusion, Pace
+from models.policy import Policy, policy_digest
+from models.tables import Claim, table
+
+CLAIM = table(Claim)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    body: Ref
+    entries: tuple[Entry, ...] = ()
+    intent: Intent | None = None
+    proposal: Proposal | None = None
+    card: str = ""
+    earlier: Outcome | None = None
+    refusal: str = ""
+
+
+class Requests:
+    """Admits runs and concludes them."""
+
+    def __init__(self, database: Database, policy: Policy, pace: Pace, clock: Callable[[], datetime]) -> None:
+        """Policy and pace are handed to each run when it starts."""
+        self._database = database
+        self._policy = policy
+        self._pace = pace
+        self._clock = clock
+
+    async def admit(self, admission: Admission) -> Admitted:
+        """Claim the request key and log the request; a run that was here before gets its stream back.
+
+        Raises:
+            PolicyDenied: the agent has no policy.
+        """
+        policy = self._policy.of(admission.request.agent)
+        start = await self._database.write(lambda connection: _admit(connection, admission, self._clock()))
+        return Admitted(
+            body=start.body,
+            policy=policy,
+            policy_digest=policy_digest(policy),
+            pace=self._pace,
+            entries=start.entries,
+            intent=start.intent,
+            proposal=start.proposal,
+            card=start.card,
+            earlier=start.earlier,
+            refusal=start.refusal,
+        )
+
+    async def conclude(self, conclusion: Conclusion) -> Appended:
+        """Log the outcome, answer the claim and keep the memories, in one commit."""
+        return await self._database.write(lambda connection: _conclude(connection, conclusion, self._clock()))
+
+    async def outcome(self, tenant: str, agent: str, key: str) -> Outcome | None:
+        """How a request ended, if it has."""
+        query = select(CLAIM.c.outcome).where(_is(tenant, agent, key))
+        found = await self._database.read(lambda connection: connection.execute(query).scalar_one_or_none())
+        return None if found is None else Outcome.model_validate_json(found)
+
+
+def _admit(connection: Connection, admission: Admission, now: datetime) -> _Start:
+    request = admission.request
+    body = _body(connection, request)
+    claim = connection.execute(select(CLAIM).where(_is(request.tenant, request.agent, request.key))).first()
+    if claim is not None and claim.body_digest != body.digest:
+        return _Start(body, refusal=_other_body(request.key, claim.body_digest, body.digest))
+    if claim is not None and claim.workflow_id != admission.workflow_id:
+        if claim.outcome is not None:
+            return _Start(body, earlier=Outcome.model_validate_json(claim.outcome))
+        return _Start(body, refusal=f"key: {request.key!r} is in work as {claim.workflow_id}; look there")
+    if claim is None:
+        _claim(connection, admission, body, now)
+    draft = _request_event(admission, body)
+    wish = Append(tenant=request.tenant, stream=admission.workflow_id, expected=0, drafts=(draft,))
+    append_in(connection, wish, now)
+    entries = entries_in(connection, request.tenant, admission.workflow_id)
+    intent, card = last_intent(connection, request.tenant, entries)
+    proposal = _last_proposal(connection, request.tenant, entries)
+    return _Start(body, entries=entries, intent=intent, proposal=proposal, card=card)
+
+
+def _body(connection: Connection, request: Request) -> Ref:
+    if isinstance(request.body, str):
+        return put_blob(connection, request.tenant, request.body.encode(), "text/plain; charset=utf-8")
+    get_blob(connection, request.tenant, request.body.digest)
+    return request.body
+
+
+def _claim(connection: Connection, admission: Admission, body: Ref, now: datetime) -> None:
+    request = admission.request
+    connection.execute(
+        CLAIM.insert().values(
+            tenant=request.tenant,
+            agent=request.agent,
+            key=request.key,
+            body_digest=body.digest,
+            workflow_id=admission.workflow_id,
+            claimed_at=to_micros(now),
+        )
+    )
+
+
+def last_intent(connection: Connection, tenant: str, entries: tuple[Entry, ...]) -> tuple[Intent | None, str]:
+    """The last intent among the events of a stream, read back from its bound bytes, and its short card."""
+    logged = [entry.body for entry in entries if entry.type is EventType.INTENT]
+    if not logged:
+        return None, ""
+    intent = Intent.model_validate_json(get_blob(connection, tenant, logged[-1]["digest"]))
+    return intent, get_blob(connection, tenant, logged[-1]["short_card"]).decode()
+
+
+def _last_proposal(connection: Connection, tenant: str, entries: tuple[Entry, ...]) -> Proposal | None:
+    logged = [entry.body["proposal"] for entry in entries if entry.type is EventType.PROPOSAL]
+    return (
+        Proposal.model_validate_json(get_blob(connection, tenant, logged[-1]["digest"])) if logged else None
+    )
+
+
+def _conclude(connection: Connection, conclusion: Conclusion, now: datetime) -> Appended:
+    appended = append_in(connection, conclusion.append, now)
+    if appended.won:
+        request = conclusion.request
+        connection.execute(
+            update(CLAIM)
+            .where(_is(request.tenant, request.agent, request.key))
+            .values(outcome=conclusion.outcome.model_dump_json())
+        )
+        for memo in conclusion.memos:
+            keep(connection, memo, now)
+    return appended
+
+
+def _request_event(admission: Admission, body: Ref) -> Draft:
+    request, workflow_id = admission.request, admission.workflow_id
+    return Draft(
+        event_id=event_id(request.tenant, workflow_id, admission.chain, EventType.REQUEST, 1),
+        stream=workflow_id,
+        type=EventType.REQUEST,
+        actor_kind="system",
+        actor_ref="intake",
+        correlation_id=workflow_id,
+        body={"agent": request.agent, "key": request.key, "body": body.model_dump(mode="json")},
+    )
+
+
+def _other_body(key: str, first: str, now: str) -> str:
+    return (
+        f"key: {key!r} was used for other content (first {first[:12]}…, now {now[:12]}…); "
+        "use a new key, or send the first content again"
+    )
+
+
+def _is(tenant: str, agent: str, key: str):
+    return (CLAIM.c.tenant == tenant) & (CLAIM.c.agent == agent) & (CLAIM.c.key == key)

@@ -1,0 +1,145 @@
+"""What an approver reads, made by plain code from the bound bytes. Model and stranger texts are fenced.
+
+The card proper holds everything. The short card fits the Temporal UI and says first when something is missing
+from it, with the digest, the size and the command that shows the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping
+from datetime import datetime
+
+from models.loop import Cost, Intent, Plan
+from models.policy import risk
+
+SHORT_LIMIT = 3_000
+"""Characters; the UI sends the text in a URL to be rendered, and proxies refuse long ones."""
+BREAKS = "\u200b\u200c\u200d\u2028\u2029\ufeff"
+
+
+def full_card(intent: Intent, texts: Mapping[str, str]) -> str:
+    """Markdown with everything; `texts` holds diffs and reasons by digest."""
+    return "\n".join([*_head(intent), *_reasons(intent, texts), *_actions(intent, texts), *_gate(intent)])
+
+
+def short_card(intent: Intent, digest: str, full: str) -> str:
+    """Markdown of at most `SHORT_LIMIT` characters plus the answer to paste."""
+    tail = "\n".join(_answer(digest))
+    if len(full) + len(tail) <= SHORT_LIMIT:
+        return f"{full}\n{tail}"
+    head = "\n".join(_head(intent))
+    notice = (
+        f"**This card is cut.** All of it: `countersign show {intent.workflow_id}` "
+        f"({len(full.encode())} bytes, intent `{digest}`)."
+    )
+    room = max(0, SHORT_LIMIT - len(notice) - len(head) - len(tail) - 40)
+    rest = full[len(head) : len(head) + room]
+    closed = rest + ("\n````" if rest.count("\n````") % 2 else "")
+    return f"{notice}\n\n{head}{closed}\n\n…\n{tail}"
+
+
+def answer_json(digest: str) -> str:
+    """The JSON to send with approve, reject or revise."""
+    return json.dumps({"digest": digest, "approver": "YOUR-NAME"})
+
+
+def visible(text: str) -> str:
+    """Control, bidirectional and zero-width characters shown as their code points."""
+    return "".join(_shown(character) for character in text)
+
+
+def fenced(text: str, language: str = "") -> list[str]:
+    """A code fence longer than any run of backticks inside."""
+    fence = "````"
+    while fence in text:
+        fence += "`"
+    return [f"{fence}{language}", *visible(text).rstrip("\n").split("\n"), fence]
+
+
+def _head(intent: Intent) -> list[str]:
+    proposal = intent.proposal
+    rows = [
+        ("agent", intent.proposer),
+        ("risk", risk(intent.plans)),
+        ("actions", str(len(intent.plans))),
+        ("intent", f"number {intent.number} of this run"),
+        ("open until", f"{_time(intent.expires_at)} at the latest"),
+        ("cost so far", cost_text(proposal.estimated)),
+    ]
+    if proposal.not_before is not None:
+        rows.append(("not before", _time(proposal.not_before)))
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    concerns = ["", "**Please look at:**", *fenced("\n".join(proposal.concerns))] if proposal.concerns else []
+    return ["### What is proposed", *fenced(proposal.title), "", *table, *concerns, ""]
+
+
+def _reasons(intent: Intent, texts: Mapping[str, str]) -> list[str]:
+    if intent.proposal.reasons is None:
+        return []
+    return ["#### Reasons (the agent's words)", *fenced(texts[intent.proposal.reasons.digest]), ""]
+
+
+def _actions(intent: Intent, texts: Mapping[str, str]) -> list[str]:
+    lines: list[str] = []
+    for plan in intent.plans:
+        action = intent.proposal.actions[plan.action]
+        lines += [
+            f"#### Action {plan.action + 1}: `{plan.connector}.{plan.operation}`",
+            *fenced(action.title),
+        ]
+        lines += ["", _plan_line(plan), "", *fenced(texts[plan.diff.digest], "diff"), ""]
+    if intent.already_applied:
+        lines.append(f"Already applied earlier: {', '.join(str(n + 1) for n in intent.already_applied)}")
+    return lines
+
+
+def _plan_line(plan: Plan) -> str:
+    parts = [
+        f"target `{_inline(plan.target)}`",
+        f"version `{_inline(plan.target_version[:16])}`",
+        f"{plan.reversibility} (undo: {_inline(plan.undo)})",
+        f"guarantee {plan.guarantee}",
+    ]
+    return " · ".join(parts)
+
+
+def _gate(intent: Intent) -> list[str]:
+    rule = intent.gate
+    if rule.automatic:
+        return ["Policy lets this pass without a person unless it is beyond recall."]
+    roles = f", with the roles {', '.join(rule.roles)}" if rule.roles else ""
+    return [f"Needs {rule.approvals} approval{'s' if rule.approvals > 1 else ''}{roles}."]
+
+
+def _answer(digest: str) -> list[str]:
+    return [
+        "",
+        "#### To answer",
+        "Send Signal `approve`, `reject` or `revise` (with a `comment`) with this JSON, your name filled in:",
+        *fenced(answer_json(digest), "json"),
+    ]
+
+
+def cost_text(cost: Cost) -> str:
+    """Money, tokens and time in words; unknown is said, never zero."""
+    money = f"{cost.amount} {cost.currency}" if cost.amount is not None else "money unknown"
+    tokens = f"{cost.tokens} tokens" if cost.tokens is not None else "tokens unknown"
+    seconds = f"{cost.milliseconds / 1000:.1f} s" if cost.milliseconds is not None else "time unknown"
+    return f"{money}, {tokens}, {seconds}"
+
+
+def _time(moment: datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _inline(text: str) -> str:
+    return visible(text).replace("`", "'").replace("|", "/").replace("\n", " ").replace("<", "‹")
+
+
+def _shown(character: str) -> str:
+    if character in "\n\t":
+        return character
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") or character in BREAKS
+    return f"⟨U+{ord(character):04X}⟩" if hidden else character

@@ -1,0 +1,88 @@
+"""What the events of a run amount to. Pure: the workflow is where its stream says, never beyond it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from models.gate import Kind, Standing, Verdict, closes_at, standing
+from models.ledger import Entry, EventType
+from models.loop import Intent, Outcome, Receipt, Ref
+
+
+@dataclass(slots=True)
+class Progress:
+    """A run so far; `version` is the last event's position in the run's stream."""
+
+    version: int = 0
+    intents: int = 0
+    digest: str | None = None
+    """The intent that is open or was passed; `None` when a new one is needed."""
+    last_digest: str | None = None
+    delivered_at: datetime | None = None
+    reminders: int = 0
+    verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    automatic: bool = False
+    expired: bool = False
+    feedback: list[Ref] = field(default_factory=list[Ref])
+    proposal: Ref | None = None
+    """Stands until a person wants it revised."""
+    kept: list[Receipt] = field(default_factory=list[Receipt])
+    """Applied under an earlier intent and kept."""
+    outcome: Outcome | None = None
+
+    def take(self, entries: Iterable[Entry]) -> None:
+        """Move on by events that stand in the stream."""
+        for entry in entries:
+            self._take(entry)
+            self.version = entry.version
+
+    def stands(self, intent: Intent) -> Standing:
+        """What the gate says of the open intent."""
+        if self.expired:
+            return Standing.EXPIRED
+        return standing(intent, self.verdicts)
+
+    def closes_at(self, intent: Intent) -> datetime:
+        """When waiting ends."""
+        return closes_at(intent, self.delivered_at)
+
+    def _take(self, entry: Entry) -> None:
+        body = entry.body
+        match entry.type:
+            case EventType.PROPOSAL:
+                self.proposal = Ref.model_validate(body["proposal"])
+            case EventType.INTENT:
+                self._open(str(body["digest"]), int(body["number"]))
+            case EventType.DELIVERY:
+                self.delivered_at = self.delivered_at or datetime.fromisoformat(body["at"])
+            case EventType.REMINDER:
+                self.reminders += 1
+            case EventType.VERDICT:
+                self._count(Verdict.model_validate(body))
+            case EventType.GATE:
+                self.automatic = body["standing"] == Standing.PASSED
+                self.expired = body["standing"] == Standing.EXPIRED
+            case EventType.DRIFT:
+                self.digest = None
+                self.kept += [Receipt.model_validate(one) for one in body["kept"]]
+            case EventType.OUTCOME:
+                self.outcome = Outcome.model_validate(body)
+            case _:
+                pass
+
+    def _open(self, digest: str, number: int) -> None:
+        self.digest = self.last_digest = digest
+        self.intents = number
+        self.delivered_at, self.reminders, self.verdicts = None, 0, []
+        self.automatic = self.expired = False
+
+    def _count(self, verdict: Verdict) -> None:
+        if verdict.digest != self.last_digest:
+            return
+        self.verdicts.append(verdict)
+        if verdict.kind is Kind.REVISE:
+            self.digest = self.proposal = None
+            if verdict.comment is not None:
+                self.feedback.append(verdict.comment)

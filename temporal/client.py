@@ -1,0 +1,88 @@
+"""Connecting, starting runs and answering intents: what every channel does, in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from temporalio.client import Client, WorkflowHandle
+from temporalio.common import (
+    SearchAttributeKey,
+    SearchAttributePair,
+    TypedSearchAttributes,
+    WorkflowIDConflictPolicy,
+    WorkflowIDReusePolicy,
+)
+
+from models.gate import Judged, Kind
+from models.loop import Outcome, Request, workflow_id
+from models.settings import TemporalSettings
+from models.visibility import Attribute, Queue, State
+from temporal.plugin import CountersignPlugin
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A run that was started, or found, for a request."""
+
+    workflow_id: str
+    handle: WorkflowHandle[Any, Outcome]
+
+
+async def connect(settings: TemporalSettings) -> Client:
+    """Connect with everything a client of ours needs."""
+    return await Client.connect(
+        settings.address,
+        namespace=settings.namespace,
+        api_key=settings.api_key.get_secret_value() if settings.api_key else None,
+        tls=settings.tls,
+        plugins=[CountersignPlugin()],
+    )
+
+
+async def submit(client: Client, request: Request, settings: TemporalSettings, title: str = "") -> Started:
+    """Start the run of a request, or find the one that has it already.
+
+    The id derives from the request key: a request that was sent before finds its open run, and one whose run
+    has ended is answered from the ledger, whether or not Temporal still has the history.
+    """
+    run_id = workflow_id(request.tenant, request.agent, request.key)
+    handle = await client.start_workflow(
+        request.agent,
+        request,
+        id=run_id,
+        task_queue=Queue.DECIDE,
+        result_type=Outcome,
+        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
+        task_timeout=settings.task_timeout,
+        search_attributes=attributes(request),
+        static_summary=f"{request.agent}: {title or request.key}"[:190],
+    )
+    return Started(run_id, handle)
+
+
+async def answer(
+    client: Client, run_id: str, kind: Kind, message: dict[str, Any], patience: timedelta
+) -> Judged:
+    """Answer an intent and learn whether it counted."""
+    handle = client.get_workflow_handle(run_id)
+    return await handle.execute_update(
+        f"decide_{kind.value}", message, result_type=Judged, rpc_timeout=patience
+    )
+
+
+def attributes(request: Request) -> TypedSearchAttributes:
+    """The search attributes a run starts with."""
+    values = {
+        Attribute.STATE: State.THINKING.value,
+        Attribute.AGENT: request.agent,
+        Attribute.TENANT: request.tenant,
+    }
+    return TypedSearchAttributes(
+        [
+            SearchAttributePair(SearchAttributeKey.for_keyword(name.value), value)
+            for name, value in values.items()
+        ]
+    )

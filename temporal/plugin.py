@@ -1,0 +1,50 @@
+"""Converter, sandbox and failure types as one object, for clients, workers, replay and tests alike."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+from temporalio.plugin import SimplePlugin
+from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
+
+from temporal.converter import data_converter
+
+PASSED_THROUGH = (
+    "models",
+    "activities",
+    "pydantic",
+    "pydantic_core",
+    "annotated_types",
+    "typing_inspection",
+    "rfc8785",
+    "yaml",
+    "markdown_it",
+    "mdurl",
+    "jsonschema",
+    "jsonschema_specifications",
+    "referencing",
+    "rpds",
+    "attrs",
+    "attr",
+)
+"""Modules a workflow may share with its worker: data, pure rules, and the names of activities."""
+
+
+class CountersignPlugin(SimplePlugin):
+    """Give this to `Client.connect`, and to `Replayer`; workers take it from their client."""
+
+    def __init__(self) -> None:
+        """Hold no state."""
+        super().__init__(
+            "countersign",
+            data_converter=data_converter(),
+            workflow_runner=sandbox(),
+            # A request that does not fit its schema fails the run; it must not block the queue for ever.
+            workflow_failure_exception_types=[ValidationError],
+        )
+
+
+def sandbox() -> SandboxedWorkflowRunner:
+    """The sandbox every workflow runs in."""
+    return SandboxedWorkflowRunner(
+        restrictions=SandboxRestrictions.default.with_passthrough_modules(*PASSED_THROUGH)
+    )

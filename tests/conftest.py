@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from temporalio.client import Client, WorkflowHandle
+
+from activities.services.content import ContentStore
+from activities.services.database import Database
+from activities.services.ledger_store import LedgerStore
+from activities.services.migrations import migrate
+from models.gate import Judged, Kind
+from models.ledger import Event
+from models.loop import GateRule, Outcome, Request
+from models.orders import Pace
+from models.policy import AgentPolicy, Policy
+from models.settings import Settings, TemporalSettings
+from models.visibility import Role
+from temporal import dev_server
+from temporal.client import Started, answer, connect, submit
+from workers.compose import Parts, role, utc_now
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def temporal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TemporalSettings]:
+    """One dev server for the whole run, with the flags of the product."""
+    settings = TemporalSettings(
+        address=f"127.0.0.1:{free_port()}", ui_port=free_port(), managed=False, task_timeout=timedelta(seconds=2)
+    )
+    data = tmp_path_factory.mktemp("temporal")
+    argv = dev_server.argv(dev_server.binary(), settings, data)
+    with open(data / "log", "wb") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+    try:
+        asyncio.run(dev_server.wait_ready(settings))
+        yield settings
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def policy(**gate: Any) -> Policy:
+    one = AgentPolicy(connectors=("null", "site"), gate=GateRule(**gate))
+    return Policy(agents={"external": one, "content": one, "stub": one})
+
+
+def settings_for(temporal: TemporalSettings, data: Path, **changes: Any) -> Settings:
+    defaults: dict[str, Any] = {
+        "data": data,
+        "temporal": temporal,
+        "embeddings": None,
+        "notes": True,
+        "policy": policy(remind_seconds=None),
+        "pace": Pace(attempt=timedelta(seconds=5), heartbeat=timedelta(seconds=2)),
+    }
+    return Settings(**(defaults | changes))
+
+
+@dataclass
+class Stack:
+    """A client, its workers, and eyes on the database and the notes folder."""
+
+    client: Client
+    settings: Settings
+    database: Database
+
+    @property
+    def ledger(self) -> LedgerStore:
+        return LedgerStore(self.database, utc_now)
+
+    @property
+    def content(self) -> ContentStore:
+        return ContentStore(self.database)
+
+    async def propose(
+        self, key: str, *actions: dict[str, Any], agent: str = "external", **more: Any
+    ) -> Started:
+        body = {"title": f"Do {key}", "actions": list(actions)} | more
+        ref = await self.content.put("default", json.dumps(body).encode(), "application/json")
+        return await submit(self.client, Request(agent=agent, key=key, body=ref), self.settings.temporal)
+
+    async def digest(self, run: Started, number: int = 1) -> str:
+        """The digest of the run's `number`-th intent, once it waits."""
+        while True:
+            status = await run.handle.query("status")
+            if status["intents"] >= number and status["intent"] and status["state"] == "waiting":
+                return str(status["intent"])
+            await asyncio.sleep(0.01)
+
+    async def answer(self, run: Started, kind: Kind, digest: str, **more: Any) -> Judged:
+        message = {"digest": digest, "approver": "ann@example.test"} | more
+        return await answer(self.client, run.workflow_id, kind, message, Pace().answer)
+
+    async def approve(self, run: Started, number: int = 1) -> Judged:
+        return await self.answer(run, Kind.APPROVE, await self.digest(run, number))
+
+    async def events(self, run: Started) -> tuple[Event, ...]:
+        return await self.ledger.of_run("default", run.workflow_id)
+
+    async def types(self, run: Started) -> list[str]:
+        return [event.type.value for event in await self.events(run)]
+
+    def notes(self) -> list[str]:
+        folder = self.settings.data / "notes" / "notes"
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+ROLES = (Role.DECIDE, Role.INFER, Role.REMEMBER, Role.ACT)
+
+
+@asynccontextmanager
+async def stack_of(
+    settings: Settings, parts: Parts | None = None, roles: tuple[Role, ...] = ROLES
+) -> AsyncGenerator[Stack]:
+    """All roles in this process, on one database."""
+    migrate(settings.database_url)
+    client = await connect(settings.temporal)
+    database = Database(settings.database_url)
+    async with AsyncExitStack() as stack:
+        stack.callback(database.close)
+        for name in roles:
+            await stack.enter_async_context(role(client, settings, name, parts))
+        yield Stack(client, settings, database)
+
+
+@pytest.fixture
+async def stack(temporal: TemporalSettings, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with stack_of(settings_for(temporal, tmp_path)) as made:
+        yield made
+
+
+def note(text: str = "hello", **more: Any) -> dict[str, Any]:
+    return {
+        "connector": "null",
+        "operation": "note",
+        "arguments": {"text": text} | more,
+        "title": f"Note {text}",
+    }
+
+
+def a_key() -> str:
+    return uuid.uuid4().hex
+
+

@@ -1,0 +1,74 @@
+"""`python -m workers ROLE`: one role as one process, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from models.errors import CountersignError, InvalidInput
+from models.settings import Settings
+from models.visibility import Role
+from temporal.client import connect
+from workers import config
+from workers.compose import Parts, role
+
+OUR_PACKAGES = ("models", "activities", "workflows", "workers", "temporal")
+
+
+async def run(settings: Settings, name: Role, parts: Parts | None = None) -> None:
+    """Run a role until SIGTERM or SIGINT; `<data>/run/<role>.ready` stands while it is ready."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    client = await connect(settings.temporal)
+    async with role(client, settings, name, parts):
+        ready = settings.data / "run" / f"{name}.ready"
+        ready.parent.mkdir(parents=True, exist_ok=True)
+        ready.write_text(str(os.getpid()))
+        try:
+            await stop.wait()
+        finally:
+            ready.unlink(missing_ok=True)
+
+
+def guard() -> None:
+    """Refuse to start when another package took one of our names.
+
+    Raises:
+        InvalidInput: names the intruder.
+    """
+    here = Path(__file__).resolve().parent.parent
+    for name in OUR_PACKAGES:
+        found = Path(str(importlib.import_module(name).__file__)).resolve().parent.parent
+        if found != here:
+            raise InvalidInput.field(
+                "package", f"{name} from {found}", "use an environment of Countersign's own"
+            )
+
+
+def main(arguments: list[str]) -> int:
+    """Run the named role; 2 for a wrong one."""
+    known = ", ".join(Role)
+    if len(arguments) != 1 or arguments[0] not in list(Role):
+        sys.stderr.write(f"role: {' '.join(arguments) or 'nothing'} is not accepted; use one of {known}\n")
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        guard()
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(run(config.load(), Role(arguments[0])))
+    except CountersignError as error:
+        sys.stderr.write(f"{error.message}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,217 @@
+"""From settings to running parts: the only place that knows which engine stands behind which Protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import httpx
+from temporalio.client import Client
+from temporalio.worker import Worker
+
+from activities.actions import Actions
+from activities.connectors.base import Connector
+from activities.connectors.git_site import GitSite
+from activities.connectors.null import Null
+from activities.content import Drafting
+from activities.external import External
+from activities.inference import Inference
+from activities.ledger import Ledger
+from activities.memory import Memory
+from activities.routing import Routing
+from activities.services.actor import Actor
+from activities.services.content import ContentStore
+from activities.services.database import Database
+from activities.services.indexing import keep_indexed
+from activities.services.intents import Intents
+from activities.services.ledger_store import LedgerStore
+from activities.services.memory_store import MemoryStore
+from activities.services.requests import Requests
+from activities.services.router import Answerer
+from activities.services.routes import Routes
+from activities.services.site_server import SiteServer
+from activities.services.vectors import ExactVectors
+from activities.tiers.base import Endpoint
+from activities.tiers.embeddings import Embeddings
+from activities.tiers.llama_cpp import LlamaCpp
+from activities.tiers.tgi import Tgi
+from activities.tiers.wire import http_client
+from models.inference import Task
+from models.settings import Settings, TierSettings
+from models.visibility import Queue, Role, infer_queue
+from workers import registry
+
+Clock = Callable[[], datetime]
+DIMENSIONS_WITHOUT_MODEL = 384
+
+
+def utc_now() -> datetime:
+    """The time, aware."""
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a program may bring besides what settings name: its own agents, tasks and endpoints."""
+
+    agents: Sequence[type[Any]] = ()
+    tasks: Mapping[str, Task] = field(default_factory=dict[str, Task])
+    endpoints: Mapping[str, Endpoint] = field(default_factory=dict[str, Endpoint])
+    activities: Sequence[Callable[..., Any]] = ()
+
+
+@asynccontextmanager
+async def role(
+    client: Client, settings: Settings, name: Role, parts: Parts | None = None
+) -> AsyncGenerator[None]:
+    """Run one role for as long as the block lasts."""
+    async with AsyncExitStack() as stack:
+        database = Database(settings.database_url)
+        stack.callback(database.close)
+        composer = _Composer(client, settings, database, parts or Parts(), stack)
+        for worker in await composer.compose(name):
+            await stack.enter_async_context(worker)
+        yield
+
+
+class _Composer:
+    def __init__(
+        self, client: Client, settings: Settings, database: Database, parts: Parts, stack: AsyncExitStack
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._database = database
+        self._parts = parts
+        self._stack = stack
+        self._content = ContentStore(database)
+        self._ledger = LedgerStore(database, utc_now)
+
+    async def compose(self, name: Role) -> list[Worker]:
+        match name:
+            case Role.DECIDE:
+                return [self._decide()]
+            case Role.INFER:
+                return await self._infer()
+            case Role.REMEMBER:
+                return [await self._remember()]
+            case Role.ACT:
+                return [await self._act()]
+            case Role.DESK:
+                await self._desk()
+                return []
+
+    def _decide(self) -> Worker:
+        settings, database = self._settings, self._database
+        requests = Requests(database, settings.policy, settings.pace, utc_now)
+        ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
+        tasks = registry.tasks(settings) | dict(self._parts.tasks)
+        routing = Routing(Routes(settings.tiers, tasks, self._content, self._ledger))
+        drafting = Drafting(self._content, settings.content)
+        external = External(self._content)
+        activities = [
+            *(ledger.admit, ledger.record, ledger.present, ledger.conclude),
+            *(routing.route, routing.fell, external.read_proposal),
+            *(drafting.open_brief, drafting.assemble, drafting.compose),
+            *self._parts.activities,
+        ]
+        agents = [*registry.agents(), *self._parts.agents]
+        return self._worker(
+            Queue.DECIDE,
+            activities,
+            workflows=agents,
+            sticky_queue_schedule_to_start_timeout=settings.temporal.sticky_timeout,
+        )
+
+    async def _infer(self) -> list[Worker]:
+        settings = self._settings
+        endpoints = {tier.name: await self._endpoint(tier) for tier in settings.tiers}
+        tasks = registry.tasks(settings) | dict(self._parts.tasks)
+        answerer = Answerer(settings.tiers, endpoints, tasks, self._content)
+        answer = Inference(answerer).answer
+        return [
+            self._worker(
+                infer_queue(tier.name, tier.region),
+                [answer],
+                # Work waits in Temporal, where it has a place in line, and not before a busy model server.
+                max_concurrent_activities=tier.concurrency,
+            )
+            for tier in settings.tiers
+        ]
+
+    async def _endpoint(self, tier: TierSettings) -> Endpoint:
+        if tier.name in self._parts.endpoints:
+            return self._parts.endpoints[tier.name]
+        client = await self._stack.enter_async_context(http_client(tier))
+        return {"llama_cpp": LlamaCpp, "tgi": Tgi}[tier.kind](tier, client)
+
+    async def _remember(self) -> Worker:
+        settings = self._settings.embeddings
+        embedder = None
+        if settings is not None:
+            client = await self._stack.enter_async_context(http_client(settings))
+            embedder = Embeddings(settings, client)
+        dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
+        vectors = ExactVectors(self._database, dimensions)
+        store = MemoryStore(self._database, self._content, embedder, vectors)
+        if embedder is not None:
+            await self._background(keep_indexed, store)
+        return self._worker(Queue.REMEMBER, [Memory(store).recall])
+
+    async def _act(self) -> Worker:
+        settings = self._settings
+        connectors = await self._connectors()
+        actor = Actor(self._database, connectors, settings.policy, settings.pace.attempt, utc_now)
+        actions = Actions(actor)
+        return self._worker(
+            Queue.ACT,
+            [actions.plan, actions.apply, actions.verify, actions.settle, actions.undo],
+        )
+
+    async def _connectors(self) -> dict[str, Connector]:
+        settings = self._settings
+        client = await self._stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=10))
+        connectors: list[Connector] = [
+            GitSite(site, settings.data, client, utc_now, site.engine) for site in settings.sites
+        ]
+        if settings.notes:
+            connectors.append(Null(settings.data / "notes", utc_now))
+        return {connector.name: connector for connector in connectors}
+
+    async def _desk(self) -> None:
+        for site in self._settings.sites:
+            if site.serve:
+                server = SiteServer(self._settings.data / site.build, httpx.URL(site.address).port or 80)
+                await server.start()
+                self._stack.push_async_callback(server.close)
+
+    async def _background(self, run: Callable[..., Any], *arguments: Any) -> None:
+        stop = asyncio.Event()
+        task = asyncio.create_task(run(*arguments, stop))
+
+        async def end() -> None:
+            stop.set()
+            with suppress(asyncio.CancelledError):
+                await task
+
+        self._stack.push_async_callback(end)
+
+    def _worker(
+        self,
+        queue: str,
+        activities: Sequence[Callable[..., Any]],
+        workflows: Sequence[type[Any]] = (),
+        max_concurrent_activities: int = 100,
+        **more: Any,
+    ) -> Worker:
+        return Worker(
+            self._client,
+            task_queue=queue,
+            activities=list(activities),
+            workflows=list(workflows),
+            max_concurrent_activities=max_concurrent_activities,
+            **more,
+        )

@@ -1,0 +1,151 @@
+"""Waiting for people: messages are judged and recorded as they come, and the clock runs from delivery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from temporalio import workflow
+
+from models.gate import Answer, Judged, Kind, Refusal, Standing, Verdict, is_automatic, judge, read_message
+from models.ledger import EventType
+from models.loop import Intent
+from workflows.journal import Journal
+
+
+class Approval:
+    """The gate of one run."""
+
+    def __init__(self, journal: Journal) -> None:
+        """All state is the journal's."""
+        self._journal = journal
+        self._closed = False
+
+    def close(self) -> None:
+        """The run could not be opened; nothing can be judged any more."""
+        self._closed = True
+
+    async def take(self, kind: Kind, payloads: Sequence[Any]) -> Judged:
+        """Judge one message and record it, whatever it was."""
+        message = read_message(kind, payloads)
+        await workflow.wait_condition(lambda: self._journal.is_open or self._closed)
+        if self._closed:
+            return Judged(counted=False, state="closed", field="input", remedy="this run was not admitted")
+        async with self._journal.writing():
+            ruling = self._judge(kind, message)
+            while not await self._record(ruling, message):
+                ruling = self._judge(kind, message)
+        return self._reply(ruling)
+
+    async def wait(self) -> Standing:
+        """Wait until the open intent is decided, one way or the other."""
+        journal = self._journal
+        intent, digest = journal.intent, journal.progress.digest
+        if intent is None or digest is None:
+            raise RuntimeError("there is no intent to wait for")
+        journal.shown_at = journal.shown_at or journal.progress.delivered_at or workflow.now()
+        if is_automatic(intent):
+            await self._pass(intent, digest)
+        while (stands := self._stands(intent, digest)) is Standing.WAITING:
+            await self._wait_once(intent, digest)
+        return stands
+
+    def _stands(self, intent: Intent, digest: str) -> Standing:
+        progress = self._journal.progress
+        if progress.outcome is not None or progress.last_digest != digest:
+            # Another history of this run has gone further; the loop looks again.
+            return Standing.REVISED
+        return progress.stands(intent)
+
+    async def _wait_once(self, intent: Intent, digest: str) -> None:
+        closes = self._closes_at(intent)
+        reminds = self._reminds_at(intent)
+        wakes = closes if reminds is None else min(closes, reminds)
+        left = wakes - workflow.now()
+        if left > timedelta(0):
+            try:
+                await workflow.wait_condition(
+                    lambda: self._stands(intent, digest) is not Standing.WAITING,
+                    timeout=left,
+                    timeout_summary="expiry" if wakes == closes else "reminder",
+                )
+            except TimeoutError:
+                pass
+            else:
+                return
+        await self._tick(intent, digest, closes, reminds)
+
+    async def _tick(self, intent: Intent, digest: str, closes: datetime, reminds: datetime | None) -> None:
+        async with self._journal.writing():
+            if self._stands(intent, digest) is not Standing.WAITING:
+                return
+            now = workflow.now()
+            if now >= closes:
+                body = {"standing": Standing.EXPIRED.value, "digest": digest}
+                await self._journal.append((EventType.GATE, body))
+            elif reminds is not None and now >= reminds:
+                number = self._journal.progress.reminders + 1
+                body = {"digest": digest, "number": number}
+                await self._journal.append((EventType.REMINDER, body))
+
+    async def _pass(self, intent: Intent, digest: str) -> None:
+        async with self._journal.writing():
+            if self._journal.progress.automatic or self._stands(intent, digest) is not Standing.PASSED:
+                return
+            body = {"standing": Standing.PASSED.value, "digest": digest}
+            await self._journal.append((EventType.GATE, body))
+
+    def _closes_at(self, intent: Intent) -> datetime:
+        progress = self._journal.progress
+        delivered = progress.delivered_at or self._journal.shown_at or workflow.now()
+        return min(intent.expires_at, delivered + timedelta(seconds=intent.gate.expire_seconds))
+
+    def _reminds_at(self, intent: Intent) -> datetime | None:
+        if intent.gate.remind_seconds is None or self._journal.shown_at is None:
+            return None
+        every = timedelta(seconds=intent.gate.remind_seconds)
+        return self._journal.shown_at + every * (self._journal.progress.reminders + 1)
+
+    def _judge(self, kind: Kind, message: Answer | Refusal) -> Verdict | Refusal:
+        if isinstance(message, Refusal):
+            return message
+        journal = self._journal
+        progress, intent = journal.progress, journal.intent
+        if progress.outcome is not None:
+            return _refuse(kind, message, f"the run has ended as {progress.outcome.status}; nothing is open")
+        if progress.digest is None or intent is None:
+            return _refuse(kind, message, "nothing is waiting for an answer; wait for the next card")
+        return judge(
+            kind,
+            message,
+            intent,
+            progress.digest,
+            progress.verdicts,
+            self._closes_at(intent),
+            workflow.now(),
+        )
+
+    async def _record(self, ruling: Verdict | Refusal, message: Answer | Refusal) -> bool:
+        actor = ("person", ruling.approver)
+        if isinstance(ruling, Refusal):
+            return await self._journal.append(
+                (EventType.REFUSAL, ruling.model_dump(mode="json")), actor=actor
+            )
+        comment = message.comment if isinstance(message, Answer) else ""
+        return await self._journal.append(
+            (EventType.VERDICT, ruling.model_dump(mode="json")), actor=actor, comment=comment
+        )
+
+    def _reply(self, ruling: Verdict | Refusal) -> Judged:
+        intent, progress = self._journal.intent, self._journal.progress
+        state = progress.stands(intent) if intent is not None else Standing.WAITING
+        if isinstance(ruling, Refusal):
+            return Judged(
+                counted=False, state=state, digest=progress.digest, field=ruling.field, remedy=ruling.remedy
+            )
+        return Judged(counted=True, state=state, digest=ruling.digest)
+
+
+def _refuse(kind: Kind, answer: Answer, remedy: str) -> Refusal:
+    return Refusal(kind=kind, field="digest", remedy=remedy, approver=answer.approver)

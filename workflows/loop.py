@@ -1,0 +1,379 @@
+"""The loop, once: propose, plan, log the intent, wait for people, act exactly once, log, remember.
+
+An agent derives from `Loop`, and supplies how to propose and what to remember. The run is always where its
+ledger stream says it is, so that a lost attempt, a reset and a repeated request all lead to one truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar, TypeVar
+
+from temporalio import workflow
+from temporalio.common import SearchAttributeKey
+from temporalio.exceptions import ActivityError, ApplicationError, FailureError
+
+from activities.routing import Routing
+from models.agent import AgentSpec
+from models.card import answer_json
+from models.errors import AllTiersFailed, CountersignError, Declined, InvalidInput
+from models.gate import Judged, Kind, Refusal, Standing, read_message
+from models.inference import Answered, Ask, Call
+from models.ledger import event_id
+from models.loop import Cost, Outcome, Plan, Proposal, Ref, Request, Status, sum_costs
+from models.memory import Memo, Recall, Recalled
+from models.orders import Fell, PlanOrder, Presentation, Routed, RouteOrder
+from models.policy import permit, risk
+from models.visibility import MEMO_ANSWER, MEMO_CARD, MEMO_DIGEST, Attribute, State
+from workflows import policies
+from workflows.approval import Approval
+from workflows.journal import Journal
+from workflows.saga import Carried, Saga
+
+T = TypeVar("T")
+
+STATE = SearchAttributeKey.for_keyword(Attribute.STATE)
+AGENT = SearchAttributeKey.for_keyword(Attribute.AGENT)
+TENANT = SearchAttributeKey.for_keyword(Attribute.TENANT)
+RISK = SearchAttributeKey.for_keyword(Attribute.RISK)
+WAITING_SINCE = SearchAttributeKey.for_datetime(Attribute.WAITING_SINCE)
+
+GO_ON = frozenset({"TierUnavailable", "RateLimited", "OutputInvalid", "CredentialsRejected", ""})
+"""Failures of one tier that another may not have; the empty type is a time-out."""
+
+
+class Loop:
+    """Every agent's workflow; derive and add `@workflow.defn`, `@workflow.init` and `@workflow.run`."""
+
+    SPEC: ClassVar[AgentSpec]
+
+    def __init__(self, request: Request) -> None:
+        """Create all state: messages may come before the first line of `run`."""
+        self.journal = Journal(request)
+        self.approval = Approval(self.journal)
+        self.cost: Cost | None = None
+        self._state = State.THINKING
+        self._calls = 0
+        self._put = 0
+
+    @property
+    def request(self) -> Request:
+        """What started this run; once admitted its body is a reference."""
+        return self.journal.request
+
+    @property
+    def body(self) -> Ref:
+        """The request's body in the content store."""
+        return self.journal.admitted.body
+
+    async def propose(self, feedback: tuple[Ref, ...]) -> Proposal:
+        """Say what the agent wants; `feedback` are people's words on earlier intents of this run.
+
+        Raises:
+            Declined: there is nothing to propose.
+        """
+        raise NotImplementedError
+
+    def keepsakes(self, outcome: Outcome) -> tuple[Memo, ...]:
+        """What is worth remembering of this run."""
+        return ()
+
+    # Messages.
+
+    @workflow.signal(name="approve", description="Approve the waiting intent: {digest, approver}")
+    async def approve(self, *payloads: Any) -> None:
+        """Count an approval."""
+        await self.approval.take(Kind.APPROVE, payloads)
+
+    @workflow.signal(name="reject", description="Reject the waiting intent: {digest, approver, comment?}")
+    async def reject(self, *payloads: Any) -> None:
+        """End the run without an effect."""
+        await self.approval.take(Kind.REJECT, payloads)
+
+    @workflow.signal(name="revise", description="Ask for another proposal: {digest, approver, comment}")
+    async def revise(self, *payloads: Any) -> None:
+        """Send the proposal back with feedback."""
+        await self.approval.take(Kind.REVISE, payloads)
+
+    @workflow.signal(name="delegate", description="Let somebody else answer: {digest, approver, to}")
+    async def delegate(self, *payloads: Any) -> None:
+        """Hand the question on."""
+        await self.approval.take(Kind.DELEGATE, payloads)
+
+    @workflow.update(name="decide_approve", description="As signal approve, and says whether it counted")
+    async def decide_approve(self, *payloads: Any) -> Judged:
+        """Count an approval and say so."""
+        return await self.approval.take(Kind.APPROVE, payloads)
+
+    @workflow.update(name="decide_reject", description="As signal reject, and says whether it counted")
+    async def decide_reject(self, *payloads: Any) -> Judged:
+        """Count a rejection and say so."""
+        return await self.approval.take(Kind.REJECT, payloads)
+
+    @workflow.update(name="decide_revise", description="As signal revise, and says whether it counted")
+    async def decide_revise(self, *payloads: Any) -> Judged:
+        """Count a wish for another proposal and say so."""
+        return await self.approval.take(Kind.REVISE, payloads)
+
+    @workflow.update(name="decide_delegate", description="As signal delegate, and says whether it counted")
+    async def decide_delegate(self, *payloads: Any) -> Judged:
+        """Count a delegation and say so."""
+        return await self.approval.take(Kind.DELEGATE, payloads)
+
+    @decide_approve.validator
+    def _shape_of_approve(self, *payloads: Any) -> None:
+        _well_formed(Kind.APPROVE, payloads)
+
+    @decide_reject.validator
+    def _shape_of_reject(self, *payloads: Any) -> None:
+        _well_formed(Kind.REJECT, payloads)
+
+    @decide_revise.validator
+    def _shape_of_revise(self, *payloads: Any) -> None:
+        _well_formed(Kind.REVISE, payloads)
+
+    @decide_delegate.validator
+    def _shape_of_delegate(self, *payloads: Any) -> None:
+        _well_formed(Kind.DELEGATE, payloads)
+
+    @workflow.query(name="status", description="Where the run stands")
+    def status(self) -> dict[str, Any]:
+        """State, open intent, revisions and outcome."""
+        progress = self.journal.progress
+        return {
+            "workflow_id": self.journal.workflow_id,
+            "agent": self.request.agent,
+            "state": self._state.value,
+            "intent": progress.digest,
+            "intents": progress.intents,
+            "outcome": progress.outcome.status.value if progress.outcome else None,
+            "reason": progress.outcome.reason if progress.outcome else "",
+        }
+
+    @workflow.query(name="card", description="What the approver reads")
+    def card(self) -> str:
+        """The short card of the open intent; empty while there is none."""
+        return self.journal.card if self.journal.progress.digest is not None else ""
+
+    # What agents may use.
+
+    async def recall(self, recall: Recall) -> Recalled:
+        """Search memory by meaning."""
+        return await policies.search(recall, self.journal.admitted.pace)
+
+    async def local(self, activity: Any, order: Any) -> Any:
+        """Run a short pure step of the agent's own as a local activity."""
+        return await policies.book(activity, order)
+
+    async def ask(self, call: Call) -> Answered:
+        """Put a call to a model: routed, recorded, with one fallback.
+
+        Raises:
+            AllTiersFailed: no permitted tier answered.
+        """
+        self._calls += 1
+        order = RouteOrder(
+            tenant=self.request.tenant,
+            workflow_id=self.journal.workflow_id,
+            event_id=self._route_event("route", 0),
+            agent=self.request.agent,
+            call=call,
+        )
+        routed: Routed = await policies.book(Routing.route, order, f"route {call.task}")
+        for number, tier in enumerate(routed.route.tiers):
+            try:
+                ask = Ask(tenant=order.tenant, workflow_id=order.workflow_id, call=call, tier=tier)
+                answered = await policies.infer(ask, routed.queues[number], self.journal.admitted.pace)
+            except ActivityError as error:
+                if policies.error_type(error) not in GO_ON or _is_cancelled(error):
+                    raise
+                await self._fell(order, routed, number, policies.error_text(error))
+            else:
+                self.cost = sum_costs(self.cost, answered.cost)
+                return answered
+        raise AllTiersFailed(f"{call.task}: no permitted tier answered ({', '.join(routed.route.tiers)})")
+
+    # The loop.
+
+    async def loop(self, request: Request) -> Outcome:
+        """Run to an outcome."""
+        try:
+            outcome = await self._run()
+        except asyncio.CancelledError:
+            if not self.journal.is_open:
+                raise
+            outcome = await self._conclude(Carried(Status.CANCELLED, "cancelled before anything was done"))
+        except Declined as error:
+            outcome = await self._conclude(Carried(Status.CANCELLED, f"the agent declined: {error.message}"))
+        except (FailureError, CountersignError) as error:
+            await self._failed(error)
+            raise
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        return outcome
+
+    async def _run(self) -> Outcome:
+        admitted = await self.journal.open()
+        if admitted.refusal:
+            self.approval.close()
+            raise InvalidInput(admitted.refusal)
+        if admitted.earlier is not None:
+            self.approval.close()
+            return admitted.earlier
+        while self.journal.progress.outcome is None:
+            await self._once()
+        return self.journal.progress.outcome
+
+    async def _once(self) -> None:
+        """From wherever the run stands to the next decision."""
+        journal = self.journal
+        if journal.progress.digest is None or journal.intent is None:
+            await self._continue_as_new_if_long()
+            await self._put_forward()
+            return
+        self._show()
+        stands = await self.approval.wait()
+        match stands:
+            case Standing.PASSED:
+                await self._act()
+            case Standing.REJECTED:
+                await self._conclude(Carried(Status.REJECTED, f"by {_by(journal)}"))
+            case Standing.EXPIRED:
+                await self._conclude(Carried(Status.EXPIRED, "nobody decided in time"))
+            case _:
+                pass
+
+    async def _put_forward(self) -> None:
+        """Propose unless a proposal stands, try it dry, and log what people will be asked."""
+        journal = self.journal
+        self._upsert(State.THINKING)
+        proposal = journal.proposal
+        if proposal is None or journal.progress.proposal is None:
+            proposal = await self.propose(tuple(journal.progress.feedback))
+            permit(journal.admitted.policy, proposal)
+            async with journal.writing():
+                if not await journal.propose(proposal):
+                    return
+        kept = tuple(sorted(receipt.action for receipt in journal.progress.kept))
+        numbers = policies.numbers(len(proposal.actions), kept)
+        order = PlanOrder(tenant=self.request.tenant, proposal=proposal, numbers=numbers)
+        planned = await policies.dry_run(order, journal.admitted.pace)
+        async with journal.writing():
+            await journal.present(self._presentation(proposal, planned.plans, kept))
+        self._put += 1
+
+    async def _act(self) -> None:
+        journal = self.journal
+        intent, digest = journal.intent, journal.progress.digest
+        if intent is None or digest is None:
+            return
+        await self._until(intent.proposal)
+        self._upsert(State.ACTING)
+        carried = await Saga(journal, intent, digest).run()
+        if carried.status is not None:
+            await self._conclude(carried)
+
+    async def _until(self, proposal: Proposal) -> None:
+        if proposal.not_before is None or proposal.not_before <= workflow.now():
+            return
+        self._upsert(State.SCHEDULED)
+        await workflow.sleep(proposal.not_before - workflow.now(), summary="until it is due")
+
+    async def _conclude(self, carried: Carried) -> Outcome:
+        journal = self.journal
+        while (ended := journal.progress.outcome) is None:
+            outcome = Outcome(
+                status=carried.status or Status.FAILED,
+                workflow_id=journal.workflow_id,
+                digest=journal.progress.last_digest,
+                receipts=(*journal.progress.kept, *carried.receipts),
+                reason=carried.reason,
+                cost=self.cost or Cost(),
+            )
+            async with journal.writing():
+                await journal.conclude(outcome, self.keepsakes(outcome))
+        self._upsert(State.DONE)
+        return ended
+
+    async def _failed(self, error: BaseException) -> None:
+        """A run that fails says so in the ledger too, if it ever got there."""
+        if self.journal.is_open:
+            kind = policies.error_type(error) or getattr(error, "type", "") or type(error).__name__
+            await self._conclude(Carried(Status.FAILED, f"{kind}: {policies.error_text(error)}"))
+
+    async def _fell(self, order: RouteOrder, routed: Routed, number: int, reason: str) -> None:
+        tiers = routed.route.tiers
+        fell = Fell(
+            tenant=order.tenant,
+            workflow_id=order.workflow_id,
+            event_id=self._route_event("fallback", number),
+            task=order.call.task,
+            tier=tiers[number],
+            to=tiers[number + 1] if number + 1 < len(tiers) else None,
+            reason=reason,
+        )
+        await policies.book(Routing.fell, fell, f"{tiers[number]} failed")
+
+    def _route_event(self, step: str, number: int) -> str:
+        # The run id keeps a later run of the same chain from taking an earlier one's routes for its own.
+        chain = workflow.info().run_id
+        ordinal = self._calls * 10 + number
+        return event_id(self.request.tenant, self.journal.workflow_id, chain, step, ordinal)
+
+    def _presentation(
+        self, proposal: Proposal, plans: tuple[Plan, ...], applied: tuple[int, ...]
+    ) -> Presentation:
+        journal, admitted = self.journal, self.journal.admitted
+        return Presentation(
+            append=journal.place(),
+            request=self.request,
+            number=journal.progress.intents + 1,
+            proposal=proposal,
+            plans=plans,
+            already_applied=applied,
+            policy=admitted.policy,
+            policy_digest=admitted.policy_digest,
+            created_at=workflow.now(),
+            nonce=str(workflow.uuid4()),
+        )
+
+    def _show(self) -> None:
+        """Put the open intent where people look: search attributes, memo, current details."""
+        journal = self.journal
+        if journal.intent is None or journal.progress.digest is None:
+            return
+        self._upsert(State.WAITING)
+        digest = journal.progress.digest
+        workflow.upsert_memo({MEMO_DIGEST: digest, MEMO_CARD: journal.card, MEMO_ANSWER: answer_json(digest)})
+        workflow.set_current_details(journal.card)
+
+    def _upsert(self, state: State) -> None:
+        if state is self._state and state is not State.WAITING:
+            return
+        self._state = state
+        intent = self.journal.intent
+        updates = [STATE.value_set(state.value)]
+        if state is State.WAITING and intent is not None:
+            updates += [RISK.value_set(risk(intent.plans).value), WAITING_SINCE.value_set(workflow.now())]
+        if workflow.info().typed_search_attributes.get(AGENT) is None:
+            updates += [AGENT.value_set(self.request.agent), TENANT.value_set(self.request.tenant)]
+        workflow.upsert_search_attributes(updates)
+
+    async def _continue_as_new_if_long(self) -> None:
+        if self._put >= self.SPEC.revisions_per_run or workflow.info().is_continue_as_new_suggested():
+            await workflow.wait_condition(workflow.all_handlers_finished)
+            workflow.continue_as_new(self.request)
+
+
+def _well_formed(kind: Kind, payloads: tuple[Any, ...]) -> None:
+    """Refuse an update whose shape is wrong; everything else is judged and recorded."""
+    message = read_message(kind, payloads)
+    if isinstance(message, Refusal):
+        raise ApplicationError(f"{message.field}: {message.remedy}", type="InvalidInput", non_retryable=True)
+
+
+def _by(journal: Journal) -> str:
+    return journal.progress.verdicts[-1].approver if journal.progress.verdicts else "nobody"
+
+
+def _is_cancelled(error: ActivityError) -> bool:
+    return type(error.cause).__name__ == "CancelledError"
