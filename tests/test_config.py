@@ -82,7 +82,7 @@ def test_variables_of_other_programs_are_left_alone(tmp_path: Path) -> None:
     ("toml", "environ", "said"),
     [
         ('[temporal]\nadress = "x"\n', {}, r"temporal\.adress: 'x'.*did you mean address\?"),
-        ("colour = 1\n", {}, r"colour: 1 .*known here: act,"),
+        ("colour = 1\n", {}, r"colour: 1 .*known here: .*tenant"),
         ("", {"COUNTERSIGN_COLOUR": "1"}, "colour: '1'.*COUNTERSIGN_COLOUR"),
         ("", {"COUNTERSIGN_TIERS__EDGE__CONCURRENCY": "0"}, r"tiers\.edge\.concurrency: '0'.*greater than"),
         ("", {"COUNTERSIGN_TIERS__HUGE__URL": "x"}, "name one of the entries: edge"),

@@ -95,6 +95,13 @@ async def test_the_doctor_finds_nothing_in_the_way_of_a_small_stack(tmp_path: Pa
     assert named(findings)["database"].health is Health.ABSENT
 
 
+async def test_the_doctor_says_which_revision_the_database_is_at(tmp_path: Path) -> None:
+    await asyncio.to_thread(stack.migrate_database, Settings(data=tmp_path))
+    database = named(await examine(bare(tmp_path), tmp_path))["database"]
+    assert database.health is Health.OK
+    assert database.use == ""
+
+
 async def test_the_doctor_names_a_taken_port_and_its_setting(tmp_path: Path) -> None:
     environ = bare(tmp_path)
     with socket.socket() as squatter:

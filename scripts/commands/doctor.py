@@ -24,10 +24,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from sqlalchemy import URL, create_engine, inspect, make_url, text
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from activities.services import weights
+from activities.services.migrations import state
 from models.errors import InvalidInput, Unavailable
 from models.settings import EmbeddingSettings, Settings, TierSettings
 from scripts import stack
@@ -177,22 +178,11 @@ async def _database(settings: Settings) -> list[Finding]:
     if url.drivername.startswith("sqlite") and not Path(url.database or "").exists():
         return [Finding("database", Health.ABSENT, f"{shown} is not there yet", "made by `countersign up`")]
     try:
-        revision = await asyncio.to_thread(_revision, url)
+        revision, head = await asyncio.to_thread(state, settings.database_url)
     except SQLAlchemyError as error:
         return [Finding("database", Health.FAILED, f"{shown}: {type(error).__name__}", "correct `database`")]
-    use = "" if revision else "migrated by `countersign up`"
+    use = "" if revision == head else f"brought to {head} by `countersign up`"
     return [Finding("database", Health.OK, f"{shown} at revision {revision or 'none'}", use)]
-
-
-def _revision(url: URL) -> str | None:
-    engine = create_engine(url)
-    try:
-        with engine.connect() as connection:
-            if not inspect(connection).has_table("alembic_version"):
-                return None
-            return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
-    finally:
-        engine.dispose()
 
 
 async def _ports(settings: Settings) -> list[Finding]:
