@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from pydantic import AwareDatetime, Field
+from typing import Annotated
+
+from pydantic import AwareDatetime, Field, StringConstraints
 
 from models.canonical import Digest
 from models.inference import DataClass
 from models.loop import Frozen, Name, Ref
 
+Line = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
+"""Text that every database can keep: PostgreSQL refuses NUL."""
+
 
 class Memo(Frozen):
     """A record to keep; its text is a blob."""
 
-    record_id: str
+    record_id: Line = Field(min_length=1, max_length=200)
     """From the event that caused it, so that writing twice keeps one."""
     tenant: Name
     kind: Name
     """For instance post, idea, outcome."""
-    title: str = Field(max_length=200)
+    title: Line = Field(max_length=200)
     text: Ref
-    source: str
+    source: Line = Field(max_length=2000)
     """The ledger event or target reference it comes from."""
     data_class: DataClass = DataClass.INTERNAL
-    links: tuple[str, ...] = ()
+    links: tuple[Annotated[Line, Field(max_length=2000)], ...] = Field(default=(), max_length=50)
 
 
 class Recall(Frozen):
@@ -30,12 +35,16 @@ class Recall(Frozen):
 
     tenant: Name
     query: Ref
-    kinds: tuple[Name, ...] = ()
+    kinds: tuple[Name, ...] = Field(default=(), max_length=50)
+    """Empty means all."""
     limit: int = Field(default=5, ge=1, le=50)
 
 
 class Hit(Frozen):
-    """A record that was found; `score_permille` is 1000 times the cosine, rounded."""
+    """A record that was found; `score_permille` is 1000 times the cosine, rounded.
+
+    `version` is the digest of its text. In a degraded answer the cosine is that of the two sets of words.
+    """
 
     record_id: str
     version: str
@@ -45,6 +54,7 @@ class Hit(Frozen):
     score_permille: int
     recorded_at: AwareDatetime
     links: tuple[str, ...] = ()
+    data_class: DataClass = DataClass.INTERNAL
 
 
 class Recalled(Frozen):

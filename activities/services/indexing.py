@@ -1,0 +1,123 @@
+"""The outbox of memory: which records have no vector yet, and the loop that sees to it that they get one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, Select, func, select
+
+from activities.services.content import get_blob
+from activities.services.vectors import EMBEDDING, MEMORY
+from models.errors import Final
+
+logger = logging.getLogger(__name__)
+
+
+class Indexer(Protocol):
+    """What the background loop needs of the memory store."""
+
+    async def newest(self) -> int:
+        """Position of the newest record, by one cheap query."""
+        ...
+
+    async def index_pending(self, limit: int = 32) -> int:
+        """Give vectors to some records; how many were looked at, 0 when none is waiting."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A record that waits for its vector."""
+
+    tenant: str
+    record_id: str
+    position: int
+    words: str
+    """Title and text; empty when the text cannot be read."""
+
+
+class Outbox:
+    """Which records have no vector of one model yet."""
+
+    def __init__(self, model: str) -> None:
+        """Start from the first record; `_floor` then spares later queries what is known to be done."""
+        self._model = model
+        self._floor = 0
+
+    def pending(self, connection: Connection, limit: int, skip: Iterable[tuple[str, str]]) -> list[Pending]:
+        """The oldest records without a vector, except those in `skip`."""
+        skipped = set(skip)
+        newest = newest_position(connection)
+        rows = connection.execute(self._waiting().limit(limit + len(skipped))).all()
+        self._floor = rows[0].position - 1 if rows else max(self._floor, newest)
+        wanted = [row for row in rows if (row.tenant, row.record_id) not in skipped][:limit]
+        return [
+            Pending(r.tenant, r.record_id, r.position, _words(connection, r.tenant, r.title, r.text_digest))
+            for r in wanted
+        ]
+
+    def waits(self, connection: Connection, tenant: str) -> bool:
+        """Whether a record of the tenant has no vector yet."""
+        newest = newest_position(connection)
+        if newest <= self._floor:
+            return False
+        first = connection.execute(self._waiting().limit(1)).first()
+        self._floor = first.position - 1 if first else newest
+        if first is None or first.tenant == tenant:
+            return first is not None
+        mine = self._waiting().where(MEMORY.c.tenant == tenant).limit(1)
+        return connection.execute(mine).first() is not None
+
+    def _waiting(self) -> Select[Any, Any, Any, Any, Any]:
+        m, e = MEMORY.c, EMBEDDING.c
+        has = select(e.position).where(
+            e.tenant == m.tenant, e.record_id == m.record_id, e.model == self._model
+        )
+        return (
+            select(m.tenant, m.record_id, m.position, m.title, m.text_digest)
+            .where(m.position > self._floor, m.forgotten_at.is_(None), ~has.exists())
+            .order_by(m.position)
+        )
+
+
+def newest_position(connection: Connection) -> int:
+    """Position of the newest record of all tenants."""
+    return int(connection.execute(select(func.coalesce(func.max(MEMORY.c.position), 0))).scalar_one())
+
+
+async def keep_indexed(
+    store: Indexer, stop: asyncio.Event, pause: float = 0.25, longest: float = 10.0
+) -> None:
+    """Index new records until `stop` is set; waits longer and longer while the embedding server is away."""
+    delay, done = pause, -1
+    while not stop.is_set():
+        try:
+            newest = await store.newest()
+            while newest != done and not stop.is_set() and await store.index_pending():
+                delay = pause
+            done, delay = newest, pause
+        except Exception as error:
+            # The loop must outlive any fault of a server or database; its records wait in SQL.
+            delay = min(delay * 2, longest)
+            logger.warning("memory is not indexed (%s: %s); next try in %.1f s", _kind(error), error, delay)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), delay)
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__
+
+
+def _words(connection: Connection, tenant: str, title: str, digest: str) -> str:
+    """What is embedded of a record; a text that is missing or broken must not hold up the others."""
+    try:
+        body = get_blob(connection, tenant, digest).decode(errors="replace")
+    except Final as error:
+        logger.error("a memory of %s is not indexed: %s", tenant, error)
+        return ""
+    return f"{title}\n{body}"

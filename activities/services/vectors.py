@@ -1,0 +1,317 @@
+"""Exact nearest-neighbour search over the embeddings in SQL, through one float32 matrix per tenant and model.
+
+SQL is the truth and the matrix follows it: an embedding row is written once and later at most emptied, and
+either change takes the next position, so that `position > last seen` finds whatever any process committed,
+deletions included. Nothing is approximate: the fast float32 pass only discards rows that cannot win.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Column, Connection, Row, func, insert, select, text, update
+
+from activities.services.database import Database
+from models.errors import InvalidInput
+from models.tables import EmbeddingRow, MemoryRow, table
+
+EMBEDDING = table(EmbeddingRow)
+MEMORY = table(MemoryRow)
+
+T = TypeVar("T", bound=np.generic)
+Vector = NDArray[np.float32]
+LITTLE = np.dtype("<f4")
+UNIT_TOLERANCE = 1e-3
+"""How far a norm may be from 1: servers that compute in half precision stay within it."""
+READ_ROWS = 2048
+CHUNK_ROWS = 4096
+POSITIONS_LOCK = 0x636F756E74
+SHELVES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A record and its exact cosine."""
+
+    record_id: str
+    cosine: float
+
+
+def unit_vector(values: Sequence[float] | Vector, dimensions: int) -> Vector:
+    """Check an embedding and return it at length one in float32.
+
+    Raises:
+        InvalidInput: wrong size, NaN, infinity, or not a unit vector.
+    """
+    try:
+        vector = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidInput.field("vector", type(values).__name__, "give a list of numbers") from None
+    if vector.shape != (dimensions,):
+        raise InvalidInput.field("vector", vector.shape, f"give {dimensions} numbers; check the model")
+    if not np.isfinite(vector).all():
+        raise InvalidInput.field("vector", "NaN or infinity", "give finite numbers; check the model")
+    norm = math.hypot(*vector.tolist())
+    if abs(norm - 1) > UNIT_TOLERANCE:
+        raise InvalidInput.field("vector", f"norm {norm:.6g}", "divide it by its norm")
+    return (vector / norm).astype(np.float32)
+
+
+def next_position(connection: Connection, column: Column[int]) -> int:
+    """The position after the highest one, in commit order even between processes.
+
+    SQLite has one writer at a time; elsewhere a lock held until commit keeps a later position from
+    becoming visible before an earlier one, which a reader would then never look for again.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": POSITIONS_LOCK})
+    return int(connection.execute(select(func.coalesce(func.max(column), 0))).scalar_one()) + 1
+
+
+def put_vectors(connection: Connection, model: str, rows: Iterable[tuple[str, str, Vector]]) -> int:
+    """Write (tenant, record id, vector) of records that are still there and have none; returns how many."""
+    position = next_position(connection, EMBEDDING.c.position)
+    written = 0
+    for tenant, record_id, vector in rows:
+        if _wants_vector(connection, tenant, record_id, model):
+            values = dict(tenant=tenant, record_id=record_id, model=model, position=position + written)
+            data = vector.astype(LITTLE).tobytes()
+            connection.execute(insert(EMBEDDING).values(**values, vector=data))
+            written += 1
+    return written
+
+
+def _wants_vector(connection: Connection, tenant: str, record_id: str, model: str) -> bool:
+    m, e = MEMORY.c, EMBEDDING.c
+    live = select(m.position).where(m.tenant == tenant, m.record_id == record_id, m.forgotten_at.is_(None))
+    has = select(e.position).where(e.tenant == tenant, e.record_id == record_id, e.model == model)
+    return connection.execute(live.where(~has.exists())).first() is not None
+
+
+def empty_vectors(connection: Connection, tenant: str, record_id: str) -> None:
+    """Empty the vectors of a record under every model, in a way that every reader notices."""
+    mine = (EMBEDDING.c.tenant == tenant, EMBEDDING.c.record_id == record_id)
+    models = connection.execute(select(EMBEDDING.c.model).where(*mine)).scalars().all()
+    for model in models:
+        position = next_position(connection, EMBEDDING.c.position)
+        change = update(EMBEDDING).where(*mine, EMBEDDING.c.model == model)
+        connection.execute(change.values(position=position, vector=b""))
+
+
+class ExactVectors:
+    """Exact cosine search; one matrix in memory per tenant and model, about the size of its data."""
+
+    def __init__(self, database: Database, dimensions: int) -> None:
+        """Read nothing yet; a tenant's vectors are loaded by its first search."""
+        self._database = database
+        self._dimensions = dimensions
+        self._shelves: OrderedDict[tuple[str, str], _Shelf] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def dimensions(self) -> int:
+        """How many numbers a vector has."""
+        return self._dimensions
+
+    async def nearest(
+        self, tenant: str, model: str, query: Sequence[float] | Vector, kinds: Sequence[str], limit: int
+    ) -> list[Near]:
+        """The `limit` records with the highest cosine; equal ones by newer time, then by record id.
+
+        Raises:
+            InvalidInput: the query is no unit vector of the right size, or a stored vector is none.
+        """
+        checked = unit_vector(query, self._dimensions)
+        return await asyncio.to_thread(self._search, tenant, model, checked, tuple(kinds), limit)
+
+    def _search(
+        self, tenant: str, model: str, query: Vector, kinds: tuple[str, ...], limit: int
+    ) -> list[Near]:
+        shelf = self._shelf(tenant, model)
+        with shelf.lock:
+            self._database.read_now(shelf.refresh)
+            view = shelf.view(kinds)
+        return _winners(view, query, limit)
+
+    def _shelf(self, tenant: str, model: str) -> _Shelf:
+        with self._lock:
+            shelf = self._shelves.pop((tenant, model), None) or _Shelf(tenant, model, self._dimensions)
+            self._shelves[tenant, model] = shelf
+            if len(self._shelves) > SHELVES:
+                self._shelves.popitem(last=False)
+            return shelf
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What one search sees; later writes go beyond its end or into new arrays."""
+
+    matrix: Vector
+    recorded: NDArray[np.int64]
+    ids: list[str]
+    rows: NDArray[np.intp] | None
+    """The rows that may be found; None is all of them."""
+
+
+class _Shelf:
+    """The vectors of one tenant and model; used under its lock."""
+
+    def __init__(self, tenant: str, model: str, dimensions: int) -> None:
+        self.lock = threading.Lock()
+        self._tenant, self._model = tenant, model
+        self._seen = 0
+        self._matrix = np.empty((0, dimensions), np.float32)
+        self._recorded = np.empty(0, np.int64)
+        self._kinds = np.empty(0, np.int32)
+        self._alive = np.empty(0, np.bool_)
+        self._ids: list[str] = []
+        self._codes: dict[str, int] = {}
+        self._dead = 0
+
+    def refresh(self, connection: Connection) -> None:
+        """Take over what was committed since the last time."""
+        mine = (EMBEDDING.c.tenant == self._tenant, EMBEDDING.c.model == self._model)
+        same = (MEMORY.c.tenant == EMBEDDING.c.tenant) & (MEMORY.c.record_id == EMBEDDING.c.record_id)
+        e, m = EMBEDDING.c, MEMORY.c
+        changes = (
+            select(e.position, e.record_id, e.vector, m.kind, m.recorded_at)
+            .join_from(EMBEDDING, MEMORY, same)
+            .where(*mine, e.position > self._seen)
+            .order_by(e.position)
+            .execution_options(yield_per=READ_ROWS)
+        )
+        with connection.execute(changes) as result:
+            for part in result.partitions(READ_ROWS):
+                self._bury({row.record_id for row in part if not row.vector})
+                self._add([row for row in part if row.vector])
+                self._seen = part[-1].position
+        if self._dead > max(1024, len(self._ids) // 2):
+            self._compact()
+
+    def view(self, kinds: tuple[str, ...]) -> _View:
+        """What a search over these kinds sees."""
+        count = len(self._ids)
+        rows = None
+        if kinds or self._dead:
+            wanted = self._alive[:count].copy()
+            if kinds:
+                wanted &= np.isin(self._kinds[:count], [self._codes.get(kind, -1) for kind in kinds])
+            rows = np.flatnonzero(wanted)
+        return _View(self._matrix[:count], self._recorded[:count], self._ids, rows)
+
+    def _add(self, rows: list[Row[tuple[int, str, bytes, str, int]]]) -> None:
+        if not rows:
+            return
+        start, end = len(self._ids), len(self._ids) + len(rows)
+        block = self._block(rows)
+        self._reserve(end)
+        self._matrix[start:end] = block
+        self._recorded[start:end] = [row.recorded_at for row in rows]
+        self._kinds[start:end] = [self._codes.setdefault(row.kind, len(self._codes)) for row in rows]
+        self._alive[start:end] = True
+        self._ids.extend(row.record_id for row in rows)
+
+    def _block(self, rows: list[Row[tuple[int, str, bytes, str, int]]]) -> Vector:
+        size = self._matrix.shape[1] * LITTLE.itemsize
+        for row in rows:
+            if len(row.vector) != size:
+                raise _unusable(row.record_id, f"{len(row.vector)} bytes instead of {size}")
+        block = np.frombuffer(b"".join(row.vector for row in rows), LITTLE).reshape(len(rows), -1)
+        norms = np.einsum("ij,ij->i", block, block)
+        bad = np.flatnonzero(~(np.abs(norms - 1) <= UNIT_TOLERANCE))
+        if len(bad):
+            raise _unusable(rows[int(bad[0])].record_id, "not a unit vector")
+        return block.astype(np.float32, copy=False)
+
+    def _reserve(self, needed: int) -> None:
+        if needed <= len(self._recorded):
+            return
+        # Untouched pages of a large allocation cost no memory, so doubling stays near 1x.
+        capacity = max(256, 1 << (needed - 1).bit_length())
+        self._matrix = _grown(self._matrix, len(self._ids), capacity)
+        self._recorded = _grown(self._recorded, len(self._ids), capacity)
+        self._kinds = _grown(self._kinds, len(self._ids), capacity)
+        self._alive = _grown(self._alive, len(self._ids), capacity)
+
+    def _bury(self, gone: set[str]) -> None:
+        if gone:
+            rows = [row for row, record_id in enumerate(self._ids) if record_id in gone]
+            self._dead += int(np.count_nonzero(self._alive[rows]))
+            self._alive[rows] = False
+
+    def _compact(self) -> None:
+        keep = np.flatnonzero(self._alive[: len(self._ids)])
+        self._matrix, self._recorded = self._matrix[keep], self._recorded[keep]
+        self._kinds, self._alive = self._kinds[keep], self._alive[keep]
+        self._ids = [self._ids[row] for row in keep.tolist()]
+        self._dead = 0
+
+
+def _grown(old: NDArray[T], used: int, capacity: int) -> NDArray[T]:
+    new = np.empty((capacity, *old.shape[1:]), old.dtype)
+    new[:used] = old[:used]
+    return new
+
+
+def _unusable(record_id: str, what: str) -> InvalidInput:
+    return InvalidInput.field(f"stored vector of {record_id}", what, "forget the record and keep it anew")
+
+
+def _winners(view: _View, query: Vector, limit: int) -> list[Near]:
+    """Three sieves, each exact about what it lets fall: float32, float64, correctly rounded sums."""
+    scores = np.einsum("ij,j->i", view.matrix, query)
+    if view.rows is not None:
+        scores = scores[view.rows]
+    count = min(limit, len(scores))
+    if count < 1:
+        return []
+    rows = _leaders(scores, count, 2.0**-24, len(query))
+    rows = rows if view.rows is None else view.rows[rows]
+    wide = query.astype(np.float64)
+    rows = rows[_leaders(_doubles(view.matrix, rows, wide), count, 2.0**-53, len(query))]
+    return _ranked(view, rows.tolist(), wide, count)
+
+
+def _leaders(
+    scores: NDArray[np.float32] | NDArray[np.float64], count: int, unit: float, terms: int
+) -> NDArray[np.intp]:
+    """Indices that rounding cannot exclude from the first `count`.
+
+    A dot product of unit vectors is off by less than `terms` units of rounding, in whatever order it is
+    summed; a few more units cover the comparison itself.
+    """
+    error = 1.01 * (terms + 4) * unit
+    last = float(np.partition(scores, len(scores) - count)[len(scores) - count])
+    return np.flatnonzero(scores >= last - 2 * error)
+
+
+def _doubles(matrix: Vector, rows: NDArray[np.intp], query: NDArray[np.float64]) -> NDArray[np.float64]:
+    scores = np.empty(len(rows))
+    for start in range(0, len(rows), CHUNK_ROWS):
+        part = matrix[rows[start : start + CHUNK_ROWS]].astype(np.float64)
+        scores[start : start + CHUNK_ROWS] = np.einsum("ij,j->i", part, query)
+    return scores
+
+
+def _ranked(view: _View, rows: list[int], query: NDArray[np.float64], count: int) -> list[Near]:
+    """Order by the correctly rounded cosine: products of two float32 are exact, and fsum rounds once."""
+    known: dict[bytes, float] = {}
+
+    def cosine(row: int) -> float:
+        vector = view.matrix[row]
+        name = vector.tobytes()
+        if name not in known:
+            known[name] = math.fsum((vector * query).tolist())
+        return known[name]
+
+    keys = ((-cosine(row), -int(view.recorded[row]), view.ids[row]) for row in rows)
+    return [Near(record_id, -score) for score, _, record_id in heapq.nsmallest(count, keys)]

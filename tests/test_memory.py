@@ -1,0 +1,360 @@
+"""Memory: kept once, found by meaning, honest when meaning cannot be asked, and forgotten for good."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import select, update
+from temporalio.testing import ActivityEnvironment
+
+from activities.memory import Memory
+from activities.services.content import BLOB, ContentStore, put_blob
+from activities.services.database import Database
+from activities.services.indexing import keep_indexed
+from activities.services.memory_store import AWAY, LAGGING, NO_MODEL, REFUSED, TEXT_BYTES, MemoryStore, keep
+from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
+from models.errors import InvalidInput, MemoryUnavailable
+from models.inference import DataClass
+from models.loop import Ref
+from models.memory import Memo, Recall
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+SIZE = 16
+
+
+class Hashed:
+    """Same text, same vector; counts calls; can be away, and refuses what it is told to."""
+
+    model = "hashed"
+
+    def __init__(self) -> None:
+        self.away = False
+        self.longest = 10**9
+        self.garbage: list[list[float]] | None = None
+        self.texts: list[str] = []
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        if self.away:
+            raise MemoryUnavailable("away")
+        if max(map(len, texts)) > self.longest:
+            raise InvalidInput("too long")
+        self.texts += texts
+        return self.garbage if self.garbage is not None else [vector_of(text) for text in texts]
+
+
+def vector_of(text: str) -> list[float]:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    vector = np.random.default_rng(seed).standard_normal(SIZE)
+    return (vector / np.linalg.norm(vector)).tolist()
+
+
+class Place:
+    def __init__(self, folder: Path) -> None:
+        self.database = Database(f"sqlite:///{folder / 'memory.db'}")
+        MEMORY.metadata.create_all(self.database.engine)
+        self.content = ContentStore(self.database)
+        self.embedder = Hashed()
+        self.store = self.open(self.embedder)
+
+    def open(self, embedder: Hashed | None) -> MemoryStore:
+        return MemoryStore(self.database, self.content, embedder, ExactVectors(self.database, SIZE))
+
+    async def memo(self, record_id: str, title: str = "", text: str = "text", **more) -> Memo:
+        tenant = more.pop("tenant", "default")
+        ref = await self.content.put(tenant, text.encode())
+        return Memo(
+            record_id=record_id,
+            tenant=tenant,
+            title=title,
+            text=ref,
+            source="event-1",
+            **{"kind": "post", **more},
+        )
+
+    async def ask(self, query: str, store: MemoryStore | None = None, **more):
+        ref = await self.content.put(more.get("tenant", "default"), query.encode())
+        return await (store or self.store).recall(Recall(**{"tenant": "default", "query": ref, **more}))
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    made.database.close()
+
+
+def ids(recalled) -> list[str]:
+    return [hit.record_id for hit in recalled.hits]
+
+
+async def test_a_record_is_found_by_meaning_with_everything_that_was_kept(place):
+    memo = await place.memo(
+        "a", "Tea", "green", links=("https://site.test/a",), data_class=DataClass.CONFIDENTIAL, kind="idea"
+    )
+    assert await place.store.keep(memo, NOW)
+    assert await place.store.index_pending() == 1
+    recalled = await place.ask("Tea\ngreen")
+    (hit,) = recalled.hits
+    assert (hit.record_id, hit.title, hit.text, hit.version) == ("a", "Tea", memo.text, memo.text.digest)
+    assert (hit.kind, hit.links, hit.recorded_at, hit.score_permille) == ("idea", memo.links, NOW, 1000)
+    assert hit.data_class == DataClass.CONFIDENTIAL
+    assert recalled.degraded == ""
+    assert recalled.query_digest == hashlib.sha256(b"Tea\ngreen").hexdigest()
+
+
+async def test_keeping_twice_keeps_the_first_and_embeds_once(place):
+    assert await place.store.keep(await place.memo("a", "first"), NOW)
+    assert not await place.store.keep(await place.memo("a", "second"), NOW)
+    assert await place.store.keep(await place.memo("a", "other tenant", tenant="other"), NOW)
+    while await place.store.index_pending():
+        pass
+    assert place.embedder.texts == ["first\ntext", "other tenant\ntext"]
+    assert [hit.title for hit in (await place.ask("x")).hits] == ["first"]
+
+
+async def test_records_kept_at_once_get_positions_without_gaps_in_commit_order(place):
+    memos = [await place.memo(f"r{number}") for number in range(30)]
+    await asyncio.gather(*(place.store.keep(memo, NOW) for memo in memos))
+    positions = await place.database.read(lambda c: c.execute(select(MEMORY.c.position)).scalars().all())
+    assert sorted(positions) == list(range(1, 31))
+
+
+async def test_a_record_goes_with_the_transaction_that_it_is_part_of(place):
+    memo = await place.memo("a")
+
+    def fails(connection) -> None:
+        keep(connection, memo, NOW)
+        raise RuntimeError("the outcome was not logged")
+
+    with pytest.raises(RuntimeError):
+        await place.database.write(fails)
+    assert await place.store.newest() == 0
+
+    def together(connection) -> bool:
+        ref = put_blob(connection, "default", b"new text", "text/plain")
+        return keep(connection, memo.model_copy(update={"text": ref}), NOW)
+
+    assert await place.database.write(together)
+
+
+async def test_tenants_and_kinds_are_kept_apart(place):
+    for record_id, kind, tenant in [
+        ("a", "post", "default"),
+        ("b", "idea", "default"),
+        ("c", "post", "other"),
+    ]:
+        await place.store.keep(await place.memo(record_id, kind=kind, tenant=tenant), NOW)
+    await place.store.index_pending()
+    assert sorted(ids(await place.ask("x"))) == ["a", "b"]
+    assert ids(await place.ask("x", kinds=("idea",))) == ["b"]
+    assert ids(await place.ask("x", tenant="other")) == ["c"]
+    assert ids(await place.ask("x", kinds=("unheard",))) == []
+    assert ids(await place.ask("x", tenant="nobody")) == []
+
+
+async def test_equal_scores_are_ordered_by_newer_time_then_id(place):
+    for record_id, days in [("c", 0), ("b", 1), ("d", 0), ("a", 0)]:
+        await place.store.keep(await place.memo(record_id, "same"), NOW + timedelta(days=days))
+    await place.store.index_pending()
+    assert ids(await place.ask("same", limit=3)) == ["b", "a", "c"]
+    assert ids(await place.ask("same", place.open(None), limit=3)) == ["b", "a", "c"]
+
+
+async def test_words_are_searched_and_it_is_said_so_when_the_embedding_server_is_away(place):
+    for record_id, title in [("a", "Grüner Tee aus Japan"), ("b", "Tee"), ("c", "Coffee")]:
+        await place.store.keep(await place.memo(record_id, title), NOW)
+    place.embedder.away = True
+    recalled = await place.ask("TEE, grüner?")
+    assert recalled.degraded == AWAY
+    assert [(hit.record_id, hit.score_permille) for hit in recalled.hits] == [("a", 707), ("b", 707)]
+    assert (await place.ask("tee", place.open(None))).degraded == NO_MODEL
+    assert (await place.ask("!?", place.open(None))).hits == ()
+
+
+@pytest.mark.parametrize("garbage", [[[0.0] * SIZE], [[float("nan")] * SIZE], [[1.0]], [[]]])
+async def test_a_useless_query_vector_degrades_instead_of_failing(place, garbage):
+    place.embedder.garbage = garbage
+    assert (await place.ask("x")).degraded == REFUSED
+
+
+async def test_records_without_a_vector_yet_are_admitted(place):
+    await place.store.keep(await place.memo("a"), NOW)
+    await place.store.keep(await place.memo("b", tenant="other"), NOW)
+    assert (await place.ask("x")).degraded == LAGGING
+    await place.store.index_pending(limit=1)
+    assert (await place.ask("x")).degraded == ""
+    assert (await place.ask("x", tenant="other")).degraded == LAGGING
+    await place.store.index_pending()
+    assert (await place.ask("x", tenant="other")).degraded == ""
+
+
+async def test_a_forgotten_record_is_neither_found_nor_brought_back(place):
+    memo = await place.memo("a", "secret title")
+    await place.store.keep(memo, NOW)
+    await place.store.index_pending()
+    assert ids(await place.ask("secret")) == ["a"]
+    assert await place.store.forget("default", "a")
+    assert not await place.store.forget("default", "a")
+    assert not await place.store.forget("default", "never")
+    assert not await place.store.keep(memo, NOW)
+    assert await place.store.index_pending() == 0
+    assert ids(await place.ask("secret")) == []
+    assert ids(await place.ask("secret", place.open(None))) == []
+
+
+async def test_a_record_forgotten_while_it_is_embedded_stays_forgotten(place):
+    class Slow(Hashed):
+        async def embed(self, texts):
+            await place.store.forget("default", "a")
+            return await super().embed(texts)
+
+    store = place.open(Slow())
+    await place.store.keep(await place.memo("a"), NOW)
+    await store.index_pending()
+    assert ids(await place.ask("x")) == []
+    assert await place.database.read(lambda c: c.execute(select(EMBEDDING)).all()) == []
+
+
+async def test_a_record_forgotten_between_search_and_look_up_leaves_its_place_to_the_next(place):
+    class Interrupted(ExactVectors):
+        async def nearest(self, tenant, model, query, kinds, limit):
+            near = await super().nearest(tenant, model, query, kinds, limit)
+            await place.store.forget("default", "a")
+            return near
+
+    for record_id in ("a", "b"):
+        await place.store.keep(await place.memo(record_id, "same"), NOW)
+    await place.store.index_pending()
+    vectors = Interrupted(place.database, SIZE)
+    store = MemoryStore(place.database, place.content, place.embedder, vectors)
+    assert ids(await place.ask("same", store, limit=1)) == ["b"]
+
+
+async def test_a_text_that_is_too_long_for_the_model_is_embedded_shortened(place):
+    place.embedder.longest = 600
+    await place.store.keep(await place.memo("long", text="x" * 5000), NOW)
+    await place.store.keep(await place.memo("short"), NOW)
+    assert await place.store.index_pending() == 2
+    assert [len(text) for text in place.embedder.texts] == [500, 5]
+
+
+async def test_a_record_that_cannot_be_embedded_does_not_hold_up_the_others(place):
+    broken = await place.memo("broken", text="will rot")
+    await place.store.keep(broken, NOW)
+    await place.store.keep(await place.memo("good"), NOW)
+    await place.database.write(
+        lambda c: c.execute(update(BLOB).where(BLOB.c.digest == broken.text.digest).values(data=b"rotten"))
+    )
+    while await place.store.index_pending(limit=1):
+        pass
+    recalled = await place.ask("x")
+    assert (ids(recalled), recalled.degraded) == (["good"], LAGGING)
+
+
+async def test_a_server_that_answers_garbage_leaves_records_waiting(place):
+    await place.store.keep(await place.memo("a"), NOW)
+    place.embedder.garbage = [[0.0] * SIZE]
+    with pytest.raises(InvalidInput):
+        await place.store.index_pending()
+    place.embedder.garbage = []
+    with pytest.raises(MemoryUnavailable):
+        await place.store.index_pending()
+    place.embedder.garbage = None
+    assert await place.store.index_pending() == 1
+    assert ids(await place.ask("x")) == ["a"]
+
+
+async def test_two_indexers_at_once_write_each_vector_once(place):
+    for number in range(20):
+        await place.store.keep(await place.memo(f"r{number}"), NOW)
+    await asyncio.gather(place.store.index_pending(), place.open(Hashed()).index_pending())
+    assert len((await place.ask("x", limit=50)).hits) == 20
+
+
+async def test_what_breaks_a_limit_is_refused_by_name(place):
+    with pytest.raises(ValidationError, match="title"):
+        await place.memo("a", "x" * 201)
+    with pytest.raises(ValidationError, match="title"):
+        await place.memo("a", "nul \x00")
+    for record_id in ("", "x" * 201):
+        with pytest.raises(ValidationError, match="record_id"):
+            await place.memo(record_id)
+    huge = await place.memo("a", text="x" * (TEXT_BYTES + 1))
+    lying = huge.model_copy(update={"text": huge.text.model_copy(update={"size": 1})})
+    absent = huge.model_copy(update={"text": Ref(digest="0" * 64, size=1)})
+    for memo in (huge, lying, absent):
+        with pytest.raises(InvalidInput, match="text"):
+            await place.store.keep(memo, NOW)
+    small = await place.memo("a")
+    with pytest.raises(InvalidInput, match=r"text\.size"):
+        await place.store.keep(
+            small.model_copy(update={"text": small.text.model_copy(update={"size": 9})}), NOW
+        )
+    with pytest.raises(InvalidInput, match="query"):
+        await place.ask("x" * 20_000)
+    with pytest.raises(InvalidInput, match="query"):
+        ref = await place.content.put("default", b"\xff\xfe")
+        await place.store.recall(Recall(tenant="default", query=ref))
+
+
+async def test_the_background_loop_indexes_what_comes_and_stops_when_told(place):
+    class Telling(Hashed):
+        def __init__(self) -> None:
+            super().__init__()
+            self.told = asyncio.Event()
+
+        async def embed(self, texts):
+            self.told.set()
+            return await super().embed(texts)
+
+    embedder, stop = Telling(), asyncio.Event()
+    embedder.away = True
+    store = place.open(embedder)
+    loop = asyncio.create_task(keep_indexed(store, stop, pause=0.001, longest=0.01))
+    await place.store.keep(await place.memo("a"), NOW)
+    await embedder.told.wait()
+    embedder.away = False
+    while (await place.ask("x")).degraded:
+        await asyncio.sleep(0)
+    await place.store.keep(await place.memo("b"), NOW)
+    while (await place.ask("x")).degraded:
+        await asyncio.sleep(0)
+    stop.set()
+    await loop
+    assert sorted(ids(await place.ask("x"))) == ["a", "b"]
+
+
+async def test_an_idle_background_loop_asks_for_nothing_but_the_newest_position():
+    class Idle:
+        def __init__(self) -> None:
+            self.newest_calls, self.index_calls = 0, 0
+
+        async def newest(self) -> int:
+            self.newest_calls += 1
+            if self.newest_calls == 20:
+                stop.set()
+            return 7
+
+        async def index_pending(self, limit: int = 32) -> int:
+            self.index_calls += 1
+            return 0
+
+    store, stop = Idle(), asyncio.Event()
+    await keep_indexed(store, stop, pause=0.001)
+    assert (store.newest_calls, store.index_calls) == (20, 1)
+
+
+async def test_the_activity_answers_what_the_store_answers(place):
+    await place.store.keep(await place.memo("a"), NOW)
+    await place.store.index_pending()
+    ref = await place.content.put("default", b"x")
+    request = Recall(tenant="default", query=ref)
+    answer = await ActivityEnvironment().run(Memory(place.store).recall, request)
+    assert answer == await place.store.recall(request)
