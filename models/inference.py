@@ -67,6 +67,8 @@ class Needs(Frozen):
     """Prompt plus answer, estimated from above."""
     structured: bool = False
     deadline_seconds: int = Field(default=120, ge=1)
+    answer_tokens: int | None = Field(default=None, ge=1)
+    """The part of `context_tokens` that is the answer; without it time and price are unknown."""
 
 
 class Candidate(Frozen):
@@ -96,6 +98,15 @@ class Call(Frozen):
     params: dict[str, Param] = Field(default_factory=dict)
     data_class: DataClass = DataClass.INTERNAL
     region: str | None = None
+
+
+class Ask(Frozen):
+    """One call, put to one tier on behalf of one run."""
+
+    tenant: Name
+    workflow_id: str
+    call: Call
+    tier: Name
 
 
 class Answered(Frozen):

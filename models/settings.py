@@ -55,6 +55,8 @@ class EmbeddingSettings(Frozen):
 
     kind: Literal["llama_cpp"] = "llama_cpp"
     url: str = "http://127.0.0.1:8091"
+    model: str = "sentence-transformers/all-MiniLM-L6-v2:53aa5117"
+    """The identity its server must report; vectors of different models never mix."""
     managed: bool = True
     dimensions: int = 384
     timeout_seconds: int = 30
