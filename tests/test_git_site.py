@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from activities.connectors.base import Work
 from activities.connectors.git_site import GitSite
 from activities.services.git import Git
+from activities.services.process import run_program
 from activities.services.site_builder import SiteBuilder, read_post
 from activities.services.site_files import first_files
 from activities.services.site_server import SiteServer, read_page
@@ -382,6 +383,35 @@ async def test_a_build_waits_for_another_only_until_its_deadline(tmp_path: Path)
     async with builder._locked(None):
         with pytest.raises(ConnectorUnavailable, match="another build"):
             await builder.build(now() + timedelta(seconds=0.1))
+
+
+async def test_a_program_that_does_not_end_is_stopped(tmp_path: Path):
+    with pytest.raises(ConnectorUnavailable, match=r"sleep: no end within 0\.1 s"):
+        await run_program("/bin/sleep", ["60"], seconds=0.1)
+    with pytest.raises(ConnectorUnavailable, match="no such program"):
+        await run_program(str(tmp_path / "none"), [], seconds=1)
+
+
+async def test_a_cancelled_program_is_stopped_or_never_started(tmp_path: Path):
+    os.mkfifo(tmp_path / "started")
+    script = (
+        f"trap 'echo stopped > {tmp_path}/ended; exit' TERM; echo > {tmp_path}/started; while :; do :; done"
+    )
+    task = asyncio.create_task(run_program("/bin/sh", ["-c", script], seconds=60))
+    await asyncio.to_thread((tmp_path / "started").read_text)
+    os.mkfifo(tmp_path / "ended")
+    task.cancel()
+    assert await asyncio.to_thread((tmp_path / "ended").read_text) == "stopped\n"
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_loop_that_closes_while_programs_start_ends(tmp_path: Path):
+    async def leave_in_the_middle() -> None:
+        tasks = [asyncio.create_task(offline(tmp_path / str(n)).plan(post())) for n in range(8)]
+        await asyncio.wait(tasks, timeout=0.01)
+
+    asyncio.run(leave_in_the_middle())
 
 
 def text_of(parts: list[str]) -> str:

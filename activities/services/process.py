@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
+import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 from models.errors import ConnectorUnavailable
 
@@ -58,37 +61,72 @@ async def run_program(
     Raises:
         ConnectorUnavailable: it is not installed, or took too long.
     """
+    bare = {"PATH": os.defpath, "LC_ALL": "C.UTF-8", **(environment or {})}
+    running = _Running((program, *arguments), data, bare, seconds)
+    # A thread, not asyncio's own subprocesses: those wait for ever when the loop is closed while one starts.
     try:
-        process = await asyncio.create_subprocess_exec(
-            program,
-            *arguments,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", **(environment or {})},
-        )
-    except FileNotFoundError:
-        raise ConnectorUnavailable(f"{program}: no such program; install it on this machine") from None
-    try:
-        async with asyncio.timeout(seconds):
-            out, err = await process.communicate(data)
-    except TimeoutError:
-        raise ConnectorUnavailable(f"{program} {arguments[0]}: no end within {seconds:.1f} s") from None
-    finally:
-        await _stop(process)
-    return Ended(process.returncode or 0, out, err)
+        return await asyncio.to_thread(running.to_its_end)
+    except asyncio.CancelledError:
+        running.cancel()
+        raise
 
 
-async def _stop(process: asyncio.subprocess.Process) -> None:
+class _Running:
+    """One program, run in a thread and stopped from another."""
+
+    def __init__(
+        self, command: tuple[str, ...], data: bytes, environment: Mapping[str, str], seconds: float
+    ) -> None:
+        self._command = command
+        self._data = data
+        self._environment = environment
+        self._seconds = seconds
+        self._until = time.monotonic() + seconds
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def to_its_end(self) -> Ended:
+        """Start it and wait. Time spent waiting for a thread counts."""
+        with self._start() as process:
+            try:
+                out, err = process.communicate(self._data, max(self._until - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                _stop(process)
+                raise self._late() from None
+        return Ended(process.returncode, out, err)
+
+    def cancel(self) -> None:
+        """Stop it, or keep it from starting."""
+        with self._lock:
+            self._cancelled = True
+            if self._process is not None:
+                self._process.terminate()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._lock:
+            if self._cancelled or time.monotonic() >= self._until:
+                raise self._late()
+            pipe = subprocess.PIPE
+            try:
+                self._process = subprocess.Popen(
+                    self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=self._environment
+                )
+            except FileNotFoundError:
+                raise ConnectorUnavailable(
+                    f"{self._command[0]}: no such program; install it on this machine"
+                ) from None
+            return self._process
+
+    def _late(self) -> ConnectorUnavailable:
+        return ConnectorUnavailable(f"{Path(self._command[0]).name}: no end within {self._seconds:.1f} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
     """Ask first: a killed git would leave its lock file behind."""
-    if process.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
+    process.terminate()
     try:
-        async with asyncio.timeout(GRACE_SECONDS):
-            await process.wait()
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+        process.communicate(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
