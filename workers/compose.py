@@ -35,7 +35,7 @@ from activities.services.router import Answerer
 from activities.services.routes import Routes
 from activities.services.site_server import SiteServer
 from activities.services.vectors import ExactVectors
-from activities.tiers.base import Endpoint
+from activities.tiers.base import Embedder, Endpoint
 from activities.tiers.embeddings import Embeddings
 from activities.tiers.llama_cpp import LlamaCpp
 from activities.tiers.tgi import Tgi
@@ -62,6 +62,12 @@ class Parts:
     tasks: Mapping[str, Task] = field(default_factory=dict[str, Task])
     endpoints: Mapping[str, Endpoint] = field(default_factory=dict[str, Endpoint])
     activities: Sequence[Callable[..., Any]] = ()
+    embedder: Embedder | None = None
+    """Instead of the embedding server that settings name."""
+    database: Callable[[str], Database] = Database
+    """Opens the database by its URL."""
+    connectors: Callable[[dict[str, Connector]], dict[str, Connector]] = dict[str, Connector]
+    """Gets the connectors that settings name; returns those to use."""
 
 
 @asynccontextmanager
@@ -70,9 +76,10 @@ async def role(
 ) -> AsyncGenerator[None]:
     """Run one role for as long as the block lasts."""
     async with AsyncExitStack() as stack:
-        database = Database(settings.database_url)
+        parts = parts or Parts()
+        database = parts.database(settings.database_url)
         stack.callback(database.close)
-        composer = _Composer(client, settings, database, parts or Parts(), stack)
+        composer = _Composer(client, settings, database, parts, stack)
         for worker in await composer.compose(name):
             await stack.enter_async_context(worker)
         yield
@@ -150,8 +157,8 @@ class _Composer:
 
     async def _remember(self) -> Worker:
         settings = self._settings.embeddings
-        embedder = None
-        if settings is not None:
+        embedder = self._parts.embedder
+        if embedder is None and settings is not None:
             client = await self._stack.enter_async_context(http_client(settings))
             embedder = Embeddings(settings, client)
         dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
@@ -179,7 +186,7 @@ class _Composer:
         ]
         if settings.notes:
             connectors.append(Null(settings.data / "notes", utc_now))
-        return {connector.name: connector for connector in connectors}
+        return self._parts.connectors({connector.name: connector for connector in connectors})
 
     async def _desk(self) -> None:
         for site in self._settings.sites:
