@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-from collections.abc import AsyncGenerator
-from datetime import timedelta
 from typing import Protocol
 
 from temporalio import activity
 
+from activities.heartbeat import heartbeats
 from models.inference import Answered, Ask, Call
-
-HEARTBEAT = timedelta(seconds=5)
 
 
 class Answers(Protocol):
@@ -26,30 +21,15 @@ class Answers(Protocol):
 class Inference:
     """Activities of the infer role."""
 
-    def __init__(self, answers: Answers, heartbeat: timedelta = HEARTBEAT) -> None:
-        """Take what answers, and how often to tell Temporal that it still does."""
+    def __init__(self, answers: Answers) -> None:
+        """Take what answers."""
         self._answers = answers
-        self._heartbeat = heartbeat
 
     @activity.defn
     async def answer(self, ask: Ask) -> Answered:
-        """Put a call to a tier. Asking twice costs twice and changes nothing else."""
-        async with _beating(self._heartbeat):
+        """Put a call to a tier. Asking twice costs twice and changes nothing else.
+
+        The heartbeat is also how a cancellation reaches a call that waits for a slow model.
+        """
+        async with heartbeats():
             return await self._answers.answer(ask.tenant, ask.call, ask.tier)
-
-
-@contextlib.asynccontextmanager
-async def _beating(every: timedelta) -> AsyncGenerator[None]:
-    """Heartbeat in the background; that is also how a cancellation reaches the waiting call."""
-
-    async def beat() -> None:
-        while True:
-            await asyncio.sleep(every.total_seconds())
-            activity.heartbeat()
-
-    task = asyncio.create_task(beat())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait([task])

@@ -2,6 +2,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from hashlib import sha256
@@ -388,9 +389,9 @@ async def test_the_activity_answers_and_heartbeats_while_it_thinks():
             return Answered(text=REF, tier=tier, model="m")
 
     environment = ActivityEnvironment()
+    environment.info = replace(environment.info, heartbeat_timeout=timedelta(seconds=1))
     environment.on_heartbeat = lambda *_: beaten.set()
-    inference = Inference(Thinking(), timedelta(milliseconds=1))
-    answered = await environment.run(inference.answer, ASK)
+    answered = await environment.run(Inference(Thinking()).answer, ASK)
     assert answered.tier == "edge"
 
 
