@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from pydantic import AwareDatetime
@@ -13,6 +14,8 @@ from models.content import Brief, amend, parse_brief, render_brief, slug_candida
 from models.drafting import estimated_tokens
 from models.errors import InvalidInput
 from models.loop import Frozen, Name, Ref
+from models.memory import Hit
+from models.prose import folded
 from models.settings import ContentSettings
 
 MARKDOWN = "text/markdown; charset=utf-8"
@@ -30,7 +33,7 @@ class Store(Protocol):
         """UTF-8 text."""
         ...
 
-    async def put(self, tenant: str, data: bytes, media_type: str = ...) -> Ref:
+    async def put(self, tenant: str, data: bytes, media_type: str) -> Ref:
         """Keep bytes; putting twice keeps one."""
         ...
 
@@ -62,6 +65,24 @@ class BriefHead(Frozen):
     estimated_milliseconds: int | None = None
     duplicate_permille: int
     concerns: tuple[str, ...] = ()
+
+    def published_already(self, hits: Iterable[Hit]) -> Hit | None:
+        """The post that has this very title and address, if memory knows one."""
+        for hit in hits:
+            pages = {part for link in hit.links for part in link.split("/")}
+            same = folded(hit.title) == folded(self.title)
+            if hit.kind == "post" and same and pages.intersection(self.slugs):
+                return hit
+        return None
+
+    def closeness(self, hits: Iterable[Hit]) -> tuple[str, ...]:
+        """Near-duplicates, in words for the approver."""
+        return tuple(
+            f"close to an earlier {hit.kind}: {' '.join((hit.title, *hit.links[:1]))}"
+            for hit in hits
+            # Without its embedding server memory cannot measure; the same title is close anyway.
+            if hit.score_permille >= self.duplicate_permille or folded(hit.title) == folded(self.title)
+        )
 
 
 class Assemble(Frozen):
@@ -227,7 +248,8 @@ class Drafting:
 
 
 def _query(brief: Brief) -> str:
-    return f"{brief.title}\n{' '.join(brief.keywords)}\n{' '.join(brief.key_facts)}"[:2000]
+    # As close as can be to what is remembered of an article: its title, words and facts.
+    return f"# {brief.title}\n\n{brief.notes}\n\n{' '.join(brief.key_facts)}"[:4000]
 
 
 def _reasons(brief: Brief, draft: Draft, answers: Answers) -> str:

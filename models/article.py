@@ -93,7 +93,7 @@ def section_count(brief: Brief) -> int:
 def grounds(brief: Brief, feedback: Sequence[str], limits: ContentSettings) -> Grounds:
     """What prose for this brief may lean on."""
     text = "\n".join((brief.title, brief.audience, *brief.keywords, brief.notes, *feedback))
-    return Grounds(text, brief.key_facts, limits.banned_phrases, limits.check_links)
+    return Grounds(text, brief.key_facts, limits.banned_phrases, limits.check_links, bool(feedback))
 
 
 def section_notes(brief: Brief) -> tuple[tuple[str, ...], ...]:
@@ -145,7 +145,7 @@ def read_section(brief: Brief, number: int, answer: str, ground: Grounds) -> Pro
     kept = shorten(kept, MOST_WORDS)
     where = f"section {number + 1}"
     concerns = tuple(f"{where}: a sentence of the model was left out because it {why}" for why in dropped)
-    if kept and count_words(kept) >= least_words(notes):
+    if kept and count_words(kept) >= least_words(notes, ground):
         return Prose(kept, concerns)
     if not notes:
         return Prose((), (*concerns, f"{where}: it has no text but its facts, and the brief has no notes"))
@@ -231,9 +231,11 @@ def description_faults(description: str, ground: Grounds) -> tuple[str, ...]:
     return tuple(wrong)
 
 
-def least_words(notes: Sequence[str]) -> int:
+def least_words(notes: Sequence[str], ground: Grounds) -> int:
     """The fewest words a section with these notes may have."""
-    return min(LEAST_WORDS, count_words(notes) * 6 // 10)
+    # A person who has seen the text may want less of it.
+    percent = 20 if ground.revised else 60
+    return min(LEAST_WORDS, count_words(notes) * percent // 100)
 
 
 def count_words(texts: Sequence[str]) -> int:

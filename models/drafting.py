@@ -83,7 +83,7 @@ def _build_outline(inputs: Inputs, params: Params) -> Prompt:
         places=_array({"type": "integer", "enum": list(range(1, count + 1))}, len(brief.key_facts)),
     )
     question = _outline_question(brief.title, groups)
-    return _prompt(_OUTLINE_SYSTEM, _OUTLINE_EXAMPLES, question, inputs, schema=schema, most=160)
+    return _prompt(_OUTLINE_SYSTEM, _OUTLINE_EXAMPLES, question, inputs, schema=schema, most=220)
 
 
 def _build_section(inputs: Inputs, params: Params) -> Prompt:
@@ -118,9 +118,11 @@ def _build_metadata(inputs: Inputs, params: Params) -> Prompt:
         slug={"type": "string", "enum": list(slugs)},
         tags=_array({"type": "string", "enum": list(brief.keywords)}, 1, min(4, len(brief.keywords))),
     )
+    # Room for the longest answer the schema allows: a cut-off one is no JSON.
+    most = 120 + (len(brief.title) + max(map(len, slugs)) + sum(sorted(map(len, brief.keywords))[-4:])) // 2
     text = " ".join(shorten(notes, MOST_WORDS)) or f"This is for {brief.audience}."
     question = f"Article: {fenced(brief.title)}\n{_notes_question(text)}\nSlugs: {', '.join(slugs)}"
-    return _prompt(_METADATA_SYSTEM, _METADATA_EXAMPLES, question, inputs, schema=schema, most=160)
+    return _prompt(_METADATA_SYSTEM, _METADATA_EXAMPLES, question, inputs, schema=schema, most=most)
 
 
 def _check_outline(answer: str, inputs: Inputs, params: Params, limits: ContentSettings) -> tuple[str, ...]:
@@ -142,7 +144,7 @@ def _check_section(answer: str, inputs: Inputs, params: Params, limits: ContentS
     notes = section_notes(brief)[_section_number(params, brief)]
     ground = grounds(brief, feedback_of(inputs), limits)
     wrong = [f"sentence {n} {why}" for n, s in enumerate(found, 1) for why in faults(s, ground)]
-    least, length = least_words(notes), count_words(found)
+    least, length = least_words(notes, ground), count_words(found)
     if not least <= length <= MOST_WORDS:
         wrong.append(f"it has {length} words; write {least} to {MOST_WORDS}, using all of the notes")
     if any(BLOCK.match(line) for line in answer.splitlines()):
@@ -177,11 +179,11 @@ def _prompt(
     stop: tuple[str, ...] = (),
 ) -> Prompt:
     wishes = feedback_of(inputs)
-    turns = [Message(role="system", content=f"{system} {_DATA}")]
+    wish = f" The editor wishes: {fenced(wishes[-1][:300])}" if wishes else ""
+    turns = [Message(role="system", content=f"{system} {_DATA}{wish}")]
     for asked, answered in examples:
         turns += [Message(role="user", content=asked), Message(role="assistant", content=answered)]
-    wish = f"Wish of the editor: {fenced(wishes[-1][:300])}\n" if wishes else ""
-    turns.append(Message(role="user", content=wish + question))
+    turns.append(Message(role="user", content=question))
     return Prompt(
         messages=tuple(turns),
         answer_schema=schema,

@@ -51,6 +51,8 @@ class Grounds:
     facts: tuple[str, ...]
     banned: tuple[str, ...] = ()
     check_links: bool = True
+    revised: bool = False
+    """Whether somebody has asked for changes."""
 
 
 @dataclass(frozen=True, slots=True)
