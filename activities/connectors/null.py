@@ -34,13 +34,13 @@ UNTARGETED = "0"
 class Note(Frozen):
     """A note, what it pretends to be about, and how the target shall misbehave."""
 
-    text: Annotated[str, Field(min_length=1, max_length=10_000)]
+    text: Annotated[str, Field(min_length=1, max_length=300_000)]
     target: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._\-]{0,79}$")] | None = None
     fail: Literal["unavailable", "rejected"] | None = None
 
 
 REMEDIES = {
-    "text": "write 1 to 10000 characters",
+    "text": "write 1 to 300000 characters",
     "target": "write lower-case letters, digits and ._- only, at most 80",
     "fail": "write unavailable or rejected, or leave it out",
 }
