@@ -24,6 +24,8 @@ from models.errors import InvalidInput
 from models.settings import EmbeddingSettings, Settings, TierSettings
 from scripts.supervisor import Child, NotReady, Report, Supervisor
 from temporal import dev_server
+from temporal.client import connect
+from temporal.search_attributes import register
 from workers import config
 
 TEMPORAL = "temporal"
@@ -243,6 +245,7 @@ async def _reach_temporal(settings: Settings) -> None:
             f"temporal.address: {settings.temporal.address} did not answer within 30 s for namespace "
             f"{settings.temporal.namespace}; start it, or set temporal.managed to true"
         ) from None
+    await register(await connect(settings.temporal))
 
 
 def _temporal(settings: Settings, grace: float) -> Child:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,13 +42,24 @@ from activities.tiers.embeddings import Embeddings
 from activities.tiers.llama_cpp import LlamaCpp
 from activities.tiers.tgi import Tgi
 from activities.tiers.wire import http_client
+from models.canonical import sha256
 from models.inference import Task
 from models.settings import Settings, TierSettings
 from models.visibility import Queue, Role, infer_queue
 from workers import registry
+from workflows.unknown import Unknown
 
 Clock = Callable[[], datetime]
 DIMENSIONS_WITHOUT_MODEL = 384
+
+
+@functools.cache
+def build_id() -> str:
+    """Name of the code that runs here: a digest of our own source."""
+    root = Path(__file__).resolve().parent.parent
+    rooms = ("models", "activities", "workflows", "temporal", "workers")
+    files = [file for room in rooms for file in sorted((root / room).rglob("*.py"))]
+    return sha256(b"\0".join(file.read_bytes() for file in files))[:32]
 
 
 def utc_now() -> datetime:
@@ -117,7 +130,12 @@ class _Composer:
         ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
         routing = Routing(Routes(settings.tiers, tasks, self._content, self._ledger))
-        drafting = Drafting(self._content, settings.content)
+        drafting = Drafting(
+            self._content,
+            settings.content,
+            tuple(site.name for site in settings.sites),
+            settings.tiers[-1].tokens_per_second if settings.tiers else None,
+        )
         external = External(self._content)
         activities = [
             *(ledger.admit, ledger.record, ledger.present, ledger.conclude),
@@ -125,7 +143,7 @@ class _Composer:
             *(drafting.open_brief, drafting.assemble, drafting.compose),
             *self._parts.activities,
         ]
-        agents = [*registry.agents(), *self._parts.agents]
+        agents = [*registry.agents(), *self._parts.agents, Unknown]
         return self._worker(
             Queue.DECIDE,
             activities,
@@ -219,6 +237,8 @@ class _Composer:
             task_queue=queue,
             activities=list(activities),
             workflows=list(workflows),
+            # The SDK's own guess reads and hashes every module there is, at each worker's start.
+            build_id=build_id(),
             max_concurrent_activities=max_concurrent_activities,
             **more,
         )
