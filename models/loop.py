@@ -70,6 +70,9 @@ class Request(Frozen):
     agent: Name
     key: str = Field(min_length=1, max_length=200)
     """Unique per tenant; the workflow id derives from it."""
+    key_from_workflow_id: bool = False
+    """The key derives from the workflow id instead: a Temporal schedule repeats one fixed request, and only
+    the id that it gives each run tells one time from the next."""
     body: Ref | Annotated[str, StringConstraints(min_length=1, max_length=65536)]
     """A stored blob, or the text itself, which then stands in Temporal's history."""
 
@@ -216,6 +219,11 @@ def action_key(digest: str, number: int) -> str:
 def workflow_id(tenant: str, agent: str, key: str) -> str:
     """The run's id, derived from the request key, so that a repeated request finds it."""
     return f"{agent}-{derived_id('request', tenant, agent, key)}"
+
+
+def keyed(request: Request, run_id: str) -> Request:
+    """The request as the run with this workflow id has to take it."""
+    return request.model_copy(update={"key": run_id}) if request.key_from_workflow_id else request
 
 
 def _added(first: int | None, second: int | None) -> int | None:

@@ -111,6 +111,8 @@ class Settings(Frozen):
     """Everything a process needs to know."""
 
     tenant: Name = "default"
+    approver: str | None = None
+    """Who the command line answers as when `--as` is not given; never guessed from the login."""
     data: Path = Path("var")
     database: str = ""
     """SQLAlchemy URL; empty means `<data>/countersign.db` in SQLite."""

@@ -17,7 +17,7 @@ from temporalio import workflow
 from activities.ledger import Ledger
 from models.canonical import canonical, digest_of
 from models.ledger import Append, Appended, Draft, Entry, EventType, event_id
-from models.loop import Intent, Outcome, Proposal, Ref, Request
+from models.loop import Intent, Outcome, Proposal, Ref, Request, keyed
 from models.memory import Memo
 from models.orders import Admission, Admitted, Conclusion, Presentation, Presented
 from models.progress import Progress
@@ -32,7 +32,7 @@ class Journal:
     def __init__(self, request: Request) -> None:
         """Nothing is known until `open`."""
         info = workflow.info()
-        self.request = request
+        self.request = keyed(request, info.workflow_id)
         self.workflow_id = info.workflow_id
         self.chain = info.first_execution_run_id
         self.progress = Progress()

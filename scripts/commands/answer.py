@@ -1,0 +1,188 @@
+"""`countersign approve|reject|revise|delegate ID`: an answer to exactly the digest that was read."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Annotated, Any
+
+import typer
+from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
+from temporalio.service import RPCError, RPCStatusCode
+
+from models.canonical import derived_id
+from models.card import visible
+from models.errors import InvalidInput, Unavailable
+from models.gate import Judged, Kind, Refusal, read_message
+from models.ledger import Draft, EventType
+from models.settings import Settings
+from scripts.commands.session import Json, Run, Session, console, on_terminal, opened, reach, said
+from scripts.commands.show import Reading, print_card, read_run, unknown
+from scripts.exits import Refused
+from temporal.client import answer
+from workers import config
+
+PATIENCE = timedelta(seconds=30)
+
+Digest = Annotated[
+    str | None,
+    typer.Option(help="The digest you answer, as `countersign show` prints it. Asked on a terminal."),
+]
+As = Annotated[
+    str | None,
+    typer.Option("--as", help="Who you are; default: approver in countersign.toml. Never guessed."),
+]
+Role = Annotated[str | None, typer.Option(help="The role you answer in, where the gate asks for roles.")]
+Comment = Annotated[str, typer.Option(help="Your words; they stand in the ledger.")]
+
+
+def approve(
+    run: Run,
+    digest: Digest = None,
+    as_: As = None,
+    comment: Comment = "",
+    role: Role = None,
+    as_json: Json = False,
+) -> None:
+    """Approve the waiting intent."""
+    _give(Kind.APPROVE, run, as_, as_json, digest=digest, comment=comment, role=role)
+
+
+def reject(
+    run: Run,
+    digest: Digest = None,
+    as_: As = None,
+    comment: Comment = "",
+    role: Role = None,
+    as_json: Json = False,
+) -> None:
+    """End the run without an effect."""
+    _give(Kind.REJECT, run, as_, as_json, digest=digest, comment=comment, role=role)
+
+
+def revise(
+    run: Run,
+    comment: Annotated[str, typer.Option(help="What the agent should change.")],
+    digest: Digest = None,
+    as_: As = None,
+    role: Role = None,
+    as_json: Json = False,
+) -> None:
+    """Send the proposal back with feedback."""
+    _give(Kind.REVISE, run, as_, as_json, digest=digest, comment=comment, role=role)
+
+
+def delegate(
+    run: Run,
+    to: Annotated[str, typer.Option(help="Who should answer instead.")],
+    digest: Digest = None,
+    as_: As = None,
+    comment: Comment = "",
+    role: Role = None,
+    as_json: Json = False,
+) -> None:
+    """Hand the question on to somebody else."""
+    _give(Kind.DELEGATE, run, as_, as_json, digest=digest, comment=comment, role=role, to=to)
+
+
+def identity(settings: Settings, named: str | None) -> str:
+    """Who answers; said by the person or the settings, and never guessed from the login.
+
+    Raises:
+        InvalidInput: neither says it.
+    """
+    who = named or settings.approver
+    if not who:
+        raise InvalidInput.field(
+            "--as", who, "say who answers, or set approver in countersign.toml (or COUNTERSIGN_APPROVER)"
+        )
+    return who
+
+
+def _give(kind: Kind, run: str, as_: str | None, as_json: bool, **given: str | None) -> None:
+    settings = config.load()
+    message: dict[str, Any] = {name: value for name, value in given.items() if value}
+    message["approver"] = identity(settings, as_)
+    judged = asyncio.run(_answer(settings, kind, run, message, as_json))
+    if as_json:
+        said(judged.model_dump(mode="json"))
+    elif judged.counted:
+        console().print(
+            f"counted: {kind} of {judged.digest} by {visible(message['approver'])}; {judged.state}"
+        )
+    if not judged.counted:
+        raise Refused(f"not counted: {judged.field}: {judged.remedy}")
+
+
+async def _answer(settings: Settings, kind: Kind, run: str, message: dict[str, Any], quiet: bool) -> Judged:
+    async with opened(settings) as session:
+        reading = await read_run(session, run) if await session.events(run) else None
+        message = message | {"digest": _digest(reading, kind, run, message.get("digest"), quiet)}
+        _refuse_shape(kind, message)
+        client = await reach(settings)
+        try:
+            return await answer(client, run, kind, message, PATIENCE)
+        except RPCError as error:
+            if error.status is not RPCStatusCode.NOT_FOUND:
+                raise
+            raise await _closed(session, kind, run, message) from None
+        except WorkflowUpdateFailedError as error:
+            text = str(getattr(error.cause, "message", error.cause))
+            raise InvalidInput.field(kind.value, run, text) from None
+        except WorkflowUpdateRPCTimeoutOrCancelledError:
+            raise Unavailable(
+                f"{kind}: no worker took it within {PATIENCE.seconds} s, and it may or may not count later; "
+                f"start `countersign up`, look with `countersign show {run}`, and answer again if it waits"
+            ) from None
+
+
+def _digest(reading: Reading | None, kind: Kind, run: str, given: str | None, quiet: bool) -> str:
+    """The digest that is answered: as given, or the waiting one once a person has read its card."""
+    if given is not None:
+        return given
+    if reading is None:
+        raise unknown(run)
+    card = reading.card
+    if quiet or not on_terminal():
+        raise InvalidInput.field(
+            "--digest", None, f"give the digest of the card you read; `countersign show {run}` prints it"
+        )
+    if card is None or reading.waiting is None:
+        raise Refused(f"{run} is {reading.state}; nothing waits for an answer")
+    out = console()
+    print_card(out, card.full)
+    out.print(f"digest   {card.digest}")
+    typer.confirm(f"{kind.value} this?", abort=True)
+    return card.digest
+
+
+def _refuse_shape(kind: Kind, message: dict[str, Any]) -> None:
+    read = read_message(kind, [message])
+    if isinstance(read, Refusal):
+        option = {"approver": "--as"}.get(read.field, f"--{read.field}")
+        raise InvalidInput.field(option, message.get(read.field), read.remedy)
+
+
+async def _closed(session: Session, kind: Kind, run: str, message: dict[str, Any]) -> Exception:
+    """An answer to a run that is over stands in the ledger too."""
+    events = await session.events(run)
+    if not events:
+        return unknown(run)
+    ended = (await read_run(session, run)).outcome
+    remedy = f"the run has ended{f' as {ended.status}' if ended else ''}; nothing is open"
+    approver = str(message["approver"])
+    refusal = Refusal(kind=kind, field="ID", remedy=remedy, approver=approver)
+    parts = [str(message.get(name, "")) for name in ("digest", "approver", "comment", "to", "role")]
+    await session.ledger.add(
+        session.tenant,
+        Draft(
+            event_id=derived_id("closed", session.tenant, run, kind.value, *parts),
+            stream=run,
+            type=EventType.REFUSAL,
+            actor_kind="person",
+            actor_ref=approver,
+            correlation_id=run,
+            body=refusal.model_dump(mode="json"),
+        ),
+    )
+    return Refused(f"not counted: {run}: {remedy}; the attempt stands in the ledger")

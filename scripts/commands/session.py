@@ -1,0 +1,118 @@
+"""What commands stand on: settings, the database, Temporal, and how they speak."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from sqlalchemy import make_url
+from temporalio.client import Client
+
+from activities.services.content import ContentStore
+from activities.services.database import Database
+from activities.services.ledger_store import LedgerStore
+from activities.services.requests import Requests
+from models.errors import Unavailable
+from models.ledger import Event
+from models.settings import Settings
+from temporal.client import connect
+from workers.compose import utc_now
+
+CONNECT_SECONDS = 10.0
+Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+Run = Annotated[str, typer.Argument(metavar="ID", help="The run's workflow id.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """The database as a command sees it; it works while no worker runs."""
+
+    settings: Settings
+    database: Database
+
+    @property
+    def tenant(self) -> str:
+        """Whose records."""
+        return self.settings.tenant
+
+    @property
+    def ledger(self) -> LedgerStore:
+        """Events."""
+        return LedgerStore(self.database, utc_now)
+
+    @property
+    def content(self) -> ContentStore:
+        """Blobs."""
+        return ContentStore(self.database)
+
+    @property
+    def requests(self) -> Requests:
+        """Claims and outcomes."""
+        return Requests(self.database, self.settings.policy, self.settings.pace, utc_now)
+
+    async def events(self, run: str) -> tuple[Event, ...]:
+        """Everything recorded of a run."""
+        return await self.ledger.of_run(self.tenant, run)
+
+
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncGenerator[Session]:
+    """The database, if there is one.
+
+    Raises:
+        Unavailable: it was never made; nothing is made here.
+    """
+    url = make_url(settings.database_url)
+    # Connecting would leave an empty file behind, which looks like a database.
+    if url.drivername.startswith("sqlite") and not Path(url.database or "").exists():
+        raise Unavailable(
+            f"database: {url.database} is not there yet; start `countersign up`, or set COUNTERSIGN_DATA"
+        )
+    database = Database(settings.database_url)
+    try:
+        yield Session(settings, database)
+    finally:
+        await asyncio.to_thread(database.close)
+
+
+async def reach(settings: Settings) -> Client:
+    """Temporal.
+
+    Raises:
+        Unavailable: it does not answer.
+    """
+    try:
+        return await asyncio.wait_for(connect(settings.temporal), CONNECT_SECONDS)
+    except (RuntimeError, TimeoutError):
+        raise Unavailable(
+            f"temporal.address: {settings.temporal.address} does not answer; start `countersign up`, "
+            "or set COUNTERSIGN_TEMPORAL__ADDRESS"
+        ) from None
+
+
+def said(value: Any) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def console(stderr: bool = False) -> Console:
+    """For people; texts are never read as markup, and never cut when nobody's terminal sets a width."""
+    out = Console(highlight=False, markup=False, emoji=False, stderr=stderr)
+    return (
+        out
+        if out.is_terminal
+        else Console(highlight=False, markup=False, emoji=False, stderr=stderr, soft_wrap=True, width=200)
+    )
+
+
+def on_terminal() -> bool:
+    """Whether a person reads and types here."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
