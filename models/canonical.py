@@ -55,6 +55,6 @@ def _refuse_inexact(value: Any, path: str) -> None:
     if isinstance(value, dict):
         for key, item in cast(dict[str, Any], value).items():
             _refuse_inexact(item, f"{path}.{key}")
-    elif isinstance(value, list):
+    elif isinstance(value, list | tuple):
         for index, item in enumerate(cast(list[Any], value)):
             _refuse_inexact(item, f"{path}[{index}]")

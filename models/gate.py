@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from models.canonical import Digest
 from models.ledger import Entry, EventType
@@ -35,14 +35,18 @@ class Assurance(StrEnum):
     SIGNED = "signed"
 
 
+Person = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
+"""How somebody is called; never blank, or nobody could answer for them."""
+
+
 class Answer(Frozen):
     """What a person sends: the digest they read, who they say they are, and why."""
 
     digest: Digest
-    approver: str = Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")
+    approver: Person
     comment: str = Field(default="", max_length=4000)
     """For revise: the feedback the agent gets."""
-    to: str | None = Field(default=None, max_length=200)
+    to: Person | None = None
     """For delegate: who should answer instead."""
     role: Name | None = None
 
@@ -103,7 +107,7 @@ def read_message(kind: Kind, payloads: Sequence[Any]) -> Answer | Refusal:
         answer = Answer.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "input"
+        field = _printable(".".join(str(part) for part in first["loc"])) or "input"
         return Refusal(
             kind=kind,
             field=field,
@@ -145,10 +149,10 @@ def judge(
     if standing(intent, verdicts) is not Standing.WAITING:
         return refuse("digest", "a verdict on it has already counted; nothing more is needed")
     holder = assignee(verdicts)
-    if holder is not None and answer.approver != holder:
+    if holder is not None and not same_person(answer.approver, holder):
         return refuse("approver", f"this was delegated to {holder}; only they can answer")
     if kind is Kind.APPROVE and any(
-        v.kind is Kind.APPROVE and v.approver == answer.approver for v in verdicts
+        v.kind is Kind.APPROVE and same_person(v.approver, answer.approver) for v in verdicts
     ):
         return refuse("approver", "this person has approved already; a different one is needed")
     return Verdict(
@@ -171,7 +175,7 @@ def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
         if verdict.kind is Kind.REVISE:
             return Standing.REVISED
         if verdict.kind is Kind.APPROVE:
-            approvals[verdict.approver] = verdict.role
+            approvals[verdict.approver.casefold()] = verdict.role
             if _sufficient(intent.gate, approvals):
                 return Standing.PASSED
     return Standing.WAITING
@@ -184,12 +188,19 @@ def is_automatic(intent: Intent) -> bool:
 
 
 def assignee(verdicts: Iterable[Verdict]) -> str | None:
-    """The person it was last delegated to, if any."""
+    """The person it was last delegated to, until they have approved; others may be needed after that."""
     holder = None
     for verdict in verdicts:
         if verdict.kind is Kind.DELEGATE:
             holder = verdict.to
+        elif holder is not None and same_person(verdict.approver, holder):
+            holder = None
     return holder
+
+
+def same_person(one: str, other: str) -> bool:
+    """Whether two names are one person's; upper and lower case do not make two people."""
+    return one.casefold() == other.casefold()
 
 
 def closes_at(intent: Intent, delivered_at: datetime | None) -> datetime:
@@ -219,6 +230,8 @@ def may_act(entries: Sequence[Entry], intent: Intent, digest: str, now: datetime
         return "the run has ended"
     if any(_late(entry, intent, digest) for entry in entries):
         return "a verdict was recorded after the absolute limit"
+    if any(_is_over(entry, digest) for entry in entries):
+        return "the intent expired, drifted or is being taken back"
     if intent.proposal.not_before is not None and now < intent.proposal.not_before:
         return f"it may not happen before {intent.proposal.not_before.isoformat()}"
     now_stands = standing(intent, counted_verdicts(entries, digest))
@@ -240,6 +253,14 @@ def _late(entry: Entry, intent: Intent, digest: str) -> bool:
     return is_ours and entry.recorded_at > intent.expires_at
 
 
+def _is_over(entry: Entry, digest: str) -> bool:
+    """Whether an event ends what an intent allows, however many approvals it has."""
+    if entry.body.get("digest") != digest:
+        return False
+    expired = entry.type is EventType.GATE and entry.body.get("standing") == Standing.EXPIRED
+    return expired or entry.type in (EventType.DRIFT, EventType.COMPENSATION)
+
+
 def _sufficient(rule: GateRule, approvals: dict[str, Name | None]) -> bool:
     covered = {role for role in approvals.values() if role is not None}
     return len(approvals) >= rule.approvals and covered.issuperset(rule.roles)
@@ -247,4 +268,9 @@ def _sufficient(rule: GateRule, approvals: dict[str, Name | None]) -> bool:
 
 def _claimed(given: dict[str, Any]) -> str:
     name = given.get("approver")
-    return name[:200] if isinstance(name, str) and name else "unknown"
+    return (_printable(name) if isinstance(name, str) else "") or "unknown"
+
+
+def _printable(text: str) -> str:
+    """At most 80 characters that every encoding takes; a stranger chose them."""
+    return text[:80].encode("ascii", "backslashreplace").decode()

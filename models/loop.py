@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-from models.canonical import Digest, derived_id
+from models.canonical import Digest, derived_id, sha256
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.\-]{0,62}$")]
 """A tenant, agent, connector or operation."""
@@ -219,6 +219,11 @@ def action_key(digest: str, number: int) -> str:
 def workflow_id(tenant: str, agent: str, key: str) -> str:
     """The run's id, derived from the request key, so that a repeated request finds it."""
     return f"{agent}-{derived_id('request', tenant, agent, key)}"
+
+
+def body_digest(request: Request) -> str:
+    """The name of a request's body, whether it is stored already or written out."""
+    return sha256(request.body.encode()) if isinstance(request.body, str) else request.body.digest
 
 
 def keyed(request: Request, run_id: str) -> Request:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from models.gate import Kind, Standing, Verdict, closes_at, standing
 from models.ledger import Entry, EventType
@@ -30,7 +31,13 @@ class Progress:
     """Stands until a person wants it revised."""
     kept: list[Receipt] = field(default_factory=list[Receipt])
     """Applied under an earlier intent and kept."""
+    skips: tuple[int, ...] = ()
+    """Positions in the proposal that need no doing any more, because what stands there was kept."""
+    undoing: tuple[int, ...] = ()
+    """Actions of the open intent that are to be taken back."""
+    undo_reason: str = ""
     outcome: Outcome | None = None
+    _actions: list[Any] = field(default_factory=list[Any])
 
     def take(self, entries: Iterable[Entry]) -> None:
         """Move on by events that stand in the stream."""
@@ -52,7 +59,7 @@ class Progress:
         body = entry.body
         match entry.type:
             case EventType.PROPOSAL:
-                self.proposal = Ref.model_validate(body["proposal"])
+                self._propose(body)
             case EventType.INTENT:
                 self._open(str(body["digest"]), int(body["number"]))
             case EventType.DELIVERY:
@@ -66,7 +73,9 @@ class Progress:
                 self.expired = body["standing"] == Standing.EXPIRED
             case EventType.DRIFT:
                 self.digest = None
-                self.kept += [Receipt.model_validate(one) for one in body["kept"]]
+                self._keep([Receipt.model_validate(one) for one in body["kept"]])
+            case EventType.COMPENSATION:
+                self.undoing, self.undo_reason = tuple(body["actions"]), str(body["reason"])
             case EventType.OUTCOME:
                 self.outcome = Outcome.model_validate(body)
             case _:
@@ -77,6 +86,18 @@ class Progress:
         self.intents = number
         self.delivered_at, self.reminders, self.verdicts = None, 0, []
         self.automatic = self.expired = False
+        self.undoing, self.undo_reason = (), ""
+
+    def _propose(self, body: dict[str, Any]) -> None:
+        self.proposal = Ref.model_validate(body["proposal"])
+        actions = list(body.get("actions", ()))
+        # A revised proposal may put other actions where the kept ones stood.
+        self.skips = tuple(n for n in self.skips if actions[n : n + 1] == self._actions[n : n + 1])
+        self._actions = actions
+
+    def _keep(self, receipts: list[Receipt]) -> None:
+        self.kept += receipts
+        self.skips = tuple(sorted({*self.skips, *(receipt.action for receipt in receipts)}))
 
     def _count(self, verdict: Verdict) -> None:
         if verdict.digest != self.last_digest:

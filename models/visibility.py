@@ -48,6 +48,7 @@ class Attribute(StrEnum):
 MEMO_CARD = "card"
 MEMO_DIGEST = "digest"
 MEMO_ANSWER = "answer"
+MEMO_BODY = "body"
 
 
 def infer_queue(tier: str, region: str | None = None) -> str:

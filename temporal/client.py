@@ -14,11 +14,13 @@ from temporalio.common import (
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
+from temporalio.exceptions import WorkflowAlreadyStartedError
 
+from models.errors import InvalidInput
 from models.gate import Judged, Kind
-from models.loop import Outcome, Request, workflow_id
+from models.loop import Outcome, Request, body_digest, workflow_id
 from models.settings import TemporalSettings
-from models.visibility import Attribute, Queue, State
+from models.visibility import MEMO_BODY, Attribute, Queue, State
 from temporal.plugin import CountersignPlugin
 
 
@@ -46,21 +48,39 @@ async def submit(client: Client, request: Request, settings: TemporalSettings, t
 
     The id derives from the request key: a request that was sent before finds its open run, and one whose run
     has ended is answered from the ledger, whether or not Temporal still has the history.
+
+    Raises:
+        InvalidInput: an open run has this key for another body.
     """
     run_id = workflow_id(request.tenant, request.agent, request.key)
-    handle = await client.start_workflow(
-        request.agent,
-        request,
-        id=run_id,
-        task_queue=Queue.DECIDE,
-        result_type=Outcome,
-        id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
-        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-        task_timeout=settings.task_timeout,
-        search_attributes=attributes(request),
-        static_summary=f"{request.agent}: {title or request.key}"[:190],
-    )
+    try:
+        handle = await client.start_workflow(
+            request.agent,
+            request,
+            id=run_id,
+            task_queue=Queue.DECIDE,
+            result_type=Outcome,
+            id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
+            id_conflict_policy=WorkflowIDConflictPolicy.FAIL,
+            task_timeout=settings.task_timeout,
+            search_attributes=attributes(request),
+            memo={MEMO_BODY: body_digest(request)},
+            static_summary=f"{request.agent}: {title or request.key}"[:190],
+        )
+    except WorkflowAlreadyStartedError:
+        handle = await _open_run(client, request, run_id)
     return Started(run_id, handle)
+
+
+async def _open_run(client: Client, request: Request, run_id: str) -> WorkflowHandle[Any, Outcome]:
+    """The run that has the key, if it is about the same body; it was not started just now."""
+    handle: WorkflowHandle[Any, Outcome] = client.get_workflow_handle(run_id, result_type=Outcome)
+    memo = await (await handle.describe()).memo()
+    if memo.get(MEMO_BODY, body_digest(request)) != body_digest(request):
+        raise InvalidInput.field(
+            "key", request.key, f"{run_id} is open with it for other content; use a new key"
+        )
+    return handle
 
 
 async def answer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pydantic import ValidationError
 from temporalio.plugin import SimplePlugin
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
@@ -38,8 +37,6 @@ class CountersignPlugin(SimplePlugin):
             "countersign",
             data_converter=data_converter(),
             workflow_runner=sandbox(),
-            # A request that does not fit its schema fails the run; it must not block the queue for ever.
-            workflow_failure_exception_types=[ValidationError],
         )
 
 

@@ -114,8 +114,13 @@ class Approval:
         progress, intent = journal.progress, journal.intent
         if progress.outcome is not None:
             return _refuse(kind, message, f"the run has ended as {progress.outcome.status}; nothing is open")
+        if progress.expired:
+            return _refuse(kind, message, "the intent has expired; start the request again")
         if progress.digest is None or intent is None:
             return _refuse(kind, message, "nothing is waiting for an answer; wait for the next card")
+        most = journal.admitted.policy.max_revisions
+        if kind is Kind.REVISE and progress.intents > most:
+            return _refuse(kind, message, f"it was revised {most} times, as often as policy allows")
         return judge(
             kind,
             message,

@@ -7,11 +7,11 @@ ledger stream says it is, so that a lost attempt, a reset and a repeated request
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from temporalio import workflow
 from temporalio.common import SearchAttributeKey
-from temporalio.exceptions import ActivityError, ApplicationError, FailureError
+from temporalio.exceptions import ActivityError, ApplicationError, FailureError, is_cancelled_exception
 
 from activities.routing import Routing
 from models.agent import AgentSpec
@@ -28,7 +28,7 @@ from models.visibility import MEMO_ANSWER, MEMO_CARD, MEMO_DIGEST, Attribute, St
 from workflows import policies
 from workflows.approval import Approval
 from workflows.journal import Journal
-from workflows.saga import Carried, Saga
+from workflows.saga import Carried, Saga, to_the_end
 
 T = TypeVar("T")
 
@@ -41,11 +41,36 @@ WAITING_SINCE = SearchAttributeKey.for_datetime(Attribute.WAITING_SINCE)
 GO_ON = frozenset({"TierUnavailable", "RateLimited", "OutputInvalid", "CredentialsRejected", ""})
 """Failures of one tier that another may not have; the empty type is a time-out."""
 
+NOTHING_STANDS = frozenset(
+    {
+        Status.REJECTED,
+        Status.EXPIRED,
+        Status.STALE,
+        Status.CANCELLED,
+        Status.FAILED,
+        Status.COMPENSATED,
+    }
+)
+"""Ends that say that nothing of the request was done."""
+
 
 class Loop:
     """Every agent's workflow; derive and add `@workflow.defn`, `@workflow.init` and `@workflow.run`."""
 
     SPEC: ClassVar[AgentSpec]
+
+    if not TYPE_CHECKING:  # agents declare what they take; this is about what is sent all the same
+
+        def __new__(cls, *payloads: Any) -> Self:
+            """Refuse anything but one request: a constructor that breaks is tried again for ever.
+
+            Raises:
+                InvalidInput: there is none, more than one, or something else.
+            """
+            if len(payloads) != 1 or not isinstance(payloads[0], Request):
+                kinds = ", ".join(type(payload).__name__ for payload in payloads) or "nothing"
+                raise InvalidInput.field("input", kinds, "send one Request: agent, key and body")
+            return super().__new__(cls)
 
     def __init__(self, request: Request) -> None:
         """Create all state: messages may come before the first line of `run`."""
@@ -199,16 +224,14 @@ class Loop:
         """Run to an outcome."""
         try:
             outcome = await self._run()
-        except asyncio.CancelledError:
-            if not self.journal.is_open:
-                raise
-            outcome = await self._conclude(Carried(Status.CANCELLED, "cancelled before anything was done"))
         except Declined as error:
             outcome = await self._conclude(Carried(Status.CANCELLED, f"the agent declined: {error.message}"))
-        except (FailureError, CountersignError) as error:
-            await self._failed(error)
-            raise
-        await workflow.wait_condition(workflow.all_handlers_finished)
+        except (asyncio.CancelledError, FailureError, CountersignError) as error:
+            if not is_cancelled_exception(error) or not self.journal.is_open:
+                await self._failed(error)
+                raise
+            outcome = await self._conclude(Carried(Status.CANCELLED, "cancelled before anything was done"))
+        await to_the_end(self._drained())
         return outcome
 
     async def _run(self) -> Outcome:
@@ -221,12 +244,14 @@ class Loop:
             return admitted.earlier
         while self.journal.progress.outcome is None:
             await self._once()
+        self._upsert(State.DONE)
         return self.journal.progress.outcome
 
     async def _once(self) -> None:
         """From wherever the run stands to the next decision."""
         journal = self.journal
         if journal.progress.digest is None or journal.intent is None:
+            self._upsert(State.THINKING)
             await self._continue_as_new_if_long()
             await self._put_forward()
             return
@@ -245,21 +270,31 @@ class Loop:
     async def _put_forward(self) -> None:
         """Propose unless a proposal stands, try it dry, and log what people will be asked."""
         journal = self.journal
-        self._upsert(State.THINKING)
-        proposal = journal.proposal
+        stage, proposal = self._stage(), journal.proposal
         if proposal is None or journal.progress.proposal is None:
             proposal = await self.propose(tuple(journal.progress.feedback))
             permit(journal.admitted.policy, proposal)
             async with journal.writing():
-                if not await journal.propose(proposal):
+                if stage != self._stage() or not await journal.propose(proposal):
                     return
-        kept = tuple(sorted(receipt.action for receipt in journal.progress.kept))
+            stage = self._stage()
+        kept = journal.progress.skips
         numbers = policies.numbers(len(proposal.actions), kept)
         order = PlanOrder(tenant=self.request.tenant, proposal=proposal, numbers=numbers)
         planned = await policies.dry_run(order, journal.admitted.pace)
         async with journal.writing():
-            await journal.present(self._presentation(proposal, planned.plans, kept))
+            if stage == self._stage():
+                await journal.present(self._presentation(proposal, planned.plans, kept))
         self._put += 1
+
+    def _stage(self) -> tuple[int, Ref | None, Outcome | None]:
+        """What a proposal or an intent in the making rests on.
+
+        A message that comes meanwhile may find that an attempt of this run that was lost had gone further,
+        and may count there; what was in the making is void then.
+        """
+        progress = self.journal.progress
+        return progress.intents, progress.proposal, progress.outcome
 
     async def _act(self) -> None:
         journal = self.journal
@@ -279,26 +314,44 @@ class Loop:
         await workflow.sleep(proposal.not_before - workflow.now(), summary="until it is due")
 
     async def _conclude(self, carried: Carried) -> Outcome:
+        return await to_the_end(self._concluded(carried))
+
+    async def _concluded(self, carried: Carried) -> Outcome:
         journal = self.journal
         while (ended := journal.progress.outcome) is None:
-            outcome = Outcome(
-                status=carried.status or Status.FAILED,
-                workflow_id=journal.workflow_id,
-                digest=journal.progress.last_digest,
-                receipts=(*journal.progress.kept, *carried.receipts),
-                reason=carried.reason,
-                cost=self.cost or Cost(),
-            )
             async with journal.writing():
-                await journal.conclude(outcome, self.keepsakes(outcome))
+                # A message that held the stream until now may have found the end that a lost attempt logged.
+                if journal.progress.outcome is None:
+                    outcome = self._outcome(carried)
+                    await journal.conclude(outcome, self.keepsakes(outcome))
         self._upsert(State.DONE)
         return ended
 
+    def _outcome(self, carried: Carried) -> Outcome:
+        status, reason, kept = carried.status or Status.FAILED, carried.reason, self.journal.progress.kept
+        if kept and status in NOTHING_STANDS:
+            # An earlier intent of this run was carried out in part, and that part stands.
+            status, reason = Status.PARTLY_EXECUTED, f"{status}: {reason}"[:300]
+        return Outcome(
+            status=status,
+            workflow_id=self.journal.workflow_id,
+            digest=self.journal.progress.last_digest,
+            receipts=(*kept, *carried.receipts),
+            reason=reason,
+            cost=self.cost or Cost(),
+        )
+
+    async def _drained(self) -> None:
+        await workflow.wait_condition(workflow.all_handlers_finished)
+
     async def _failed(self, error: BaseException) -> None:
         """A run that fails says so in the ledger too, if it ever got there."""
-        if self.journal.is_open:
+        if not self.journal.is_open:
+            self.approval.close()
+        else:
             kind = policies.error_type(error) or getattr(error, "type", "") or type(error).__name__
             await self._conclude(Carried(Status.FAILED, f"{kind}: {policies.error_text(error)}"))
+        await to_the_end(self._drained())
 
     async def _fell(self, order: RouteOrder, routed: Routed, number: int, reason: str) -> None:
         tiers = routed.route.tiers

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from temporalio import workflow
 from temporalio.exceptions import ActivityError
@@ -16,6 +16,8 @@ from models.loop import Intent, Receipt, Status
 from models.orders import Effect, Effected, EffectOrder
 from workflows import policies
 from workflows.journal import Journal
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -40,11 +42,22 @@ class Saga:
         self._cancelled = False
 
     async def run(self) -> Carried:
-        """Apply everything, or end in a state that can be named."""
+        """Apply everything, or end in a state that can be named; a cancellation waits for the step."""
+        carried = await to_the_end(self._run(), self._cancel)
+        if carried.status is None and self._cancelled:
+            return Carried(Status.CANCELLED, f"cancelled; {carried.reason}")
+        return carried
+
+    def _cancel(self) -> None:
+        self._cancelled = True
+
+    async def _run(self) -> Carried:
+        if self._journal.progress.undoing:
+            return await self._go_on_undoing()
         for plan in self._intent.plans:
             if self._cancelled:
                 return await self._stop(Effect(what=Effected.ABSENT, reason="cancelled"))
-            effect = await self._to_the_end(self._apply(plan.action))
+            effect = await self._apply(plan.action)
             if effect.receipt is not None and effect.what is Effected.APPLIED:
                 self._done.append(effect.receipt)
             else:
@@ -97,13 +110,8 @@ class Saga:
             if undone.status is Status.COMPENSATION_FAILED:
                 return undone
             self._done = []
-        body = {
-            "digest": self._digest,
-            "reason": reason,
-            "kept": [receipt.model_dump(mode="json") for receipt in self._done],
-        }
-        async with self._journal.writing():
-            await self._journal.append((EventType.DRIFT, body))
+        kept = [receipt.model_dump(mode="json") for receipt in self._done]
+        await self._log(EventType.DRIFT, {"reason": reason, "kept": kept})
         return Carried(None, reason, self._done)
 
     async def _unwound(self, status: Status, reason: str) -> Carried:
@@ -112,13 +120,23 @@ class Saga:
             return Carried(status, reason)
         if self._intent.gate.keep_partial:
             return Carried(Status.PARTLY_EXECUTED, reason, self._done)
-        return await self._to_the_end(self._compensate(reason))
+        actions = [receipt.action for receipt in self._done]
+        await self._log(EventType.COMPENSATION, {"actions": actions, "reason": reason})
+        return await self._compensate(reason)
+
+    async def _go_on_undoing(self) -> Carried:
+        """An earlier run of this request had begun to take things back; nothing is applied after that."""
+        progress = self._journal.progress
+        for action in progress.undoing:
+            try:
+                effect = await policies.effect(Actions.settle, self._order(action), self._pace)
+            except ActivityError as error:
+                return Carried(Status.COMPENSATION_FAILED, policies.error_text(error), self._done)
+            if effect.receipt is not None:
+                self._done.append(effect.receipt)
+        return await self._compensate(progress.undo_reason)
 
     async def _compensate(self, reason: str) -> Carried:
-        actions = [receipt.action for receipt in self._done]
-        body = {"digest": self._digest, "actions": actions, "reason": reason}
-        async with self._journal.writing():
-            await self._journal.append((EventType.COMPENSATION, body))
         left = list(self._done)
         for receipt in reversed(self._done):
             try:
@@ -133,18 +151,12 @@ class Saga:
             left.remove(receipt)
         return Carried(Status.COMPENSATED, reason)
 
-    async def _to_the_end(self, step: Coroutine[Any, Any, Any]) -> Any:
-        """A cancellation waits until the step under way has said what happened."""
-        task = asyncio.create_task(step)
-        while not task.done():
-            try:
-                await asyncio.shield(task)
-            except asyncio.CancelledError:
-                if task.cancelled():
-                    raise
-                self._cancelled = True
-                workflow.logger.info("cancelled while acting; finishing the step first")
-        return task.result()
+    async def _log(self, kind: EventType, body: dict[str, Any]) -> None:
+        """Write it down wherever the stream ends by now; the next step rests on it."""
+        async with self._journal.writing():
+            while not await self._journal.append((kind, {"digest": self._digest} | body)):
+                if self._journal.progress.outcome is not None:
+                    return
 
     def _order(self, action: int) -> EffectOrder:
         return EffectOrder(
@@ -153,3 +165,18 @@ class Saga:
             digest=self._digest,
             action=action,
         )
+
+
+async def to_the_end(step: Coroutine[Any, Any, T], on_cancel: Callable[[], None] | None = None) -> T:
+    """Await a step that a cancellation must not cut short, since something may have happened already."""
+    task = asyncio.create_task(step)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise
+            workflow.logger.info("cancelled; finishing the step under way first")
+            if on_cancel is not None:
+                on_cancel()
+    return task.result()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from activities.connectors.base import Applied, Connector, Work
@@ -28,12 +29,21 @@ from activities.services.reservations import (
     reserve,
 )
 from models.canonical import derived_id
-from models.errors import ConnectorRejected, ConnectorUnavailable, PolicyDenied, PreconditionLost, UnknownName
+from models.errors import (
+    ConnectorRejected,
+    ConnectorUnavailable,
+    InvalidInput,
+    PolicyDenied,
+    PreconditionLost,
+    UnknownName,
+)
 from models.gate import may_act, may_undo
 from models.ledger import Draft, EventType, act_stream
 from models.loop import Action, Intent, Plan, Receipt, action_key
 from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
 from models.policy import Policy, permit, policy_digest
+
+CLOCK_SKEW = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,6 @@ class _Job:
     connector: Connector
     expected: str
     who: Claimant
-    refusal: str | None = None
     stale: str | None = None
     hold: Hold | None = None
 
@@ -89,8 +98,8 @@ class Actor:
             ConnectorRejected: the target refused for good; nothing was done.
         """
         job = await self._database.write(lambda link: self._open(link, order, undo=False))
-        if job.refusal is not None:
-            return Effect(what=Effected.REFUSED, reason=job.refusal)
+        if isinstance(job, Effect):
+            return job
         if job.stale is not None:
             return await self._drifted(job, job.stale)
         if (ended := _ended(job)) is not None:
@@ -122,6 +131,8 @@ class Actor:
             ConnectorUnavailable: too early to tell, or the target does not answer.
         """
         job = await self._database.write(lambda link: self._look(link, order))
+        if isinstance(job, Effect):
+            return job
         hold = job.hold
         if hold is not None and hold.turn in (Turn.WAIT, Turn.ASK):
             found = await job.connector.find(job.who.key, job.work)
@@ -132,7 +143,8 @@ class Actor:
             hold = None
         if hold is not None:
             return await self._truth(job, hold)
-        await self._close(job, Held.CLOSED, "no attempt was made, or none arrived")
+        if not await self._close(job, Held.CLOSED, "no attempt was made, or none arrived"):
+            raise ConnectorUnavailable(f"action {job.who.key} was in other hands; asking again")
         return Effect(what=Effected.ABSENT)
 
     async def undo(self, order: EffectOrder) -> Effect:
@@ -142,10 +154,10 @@ class Actor:
             ConnectorUnavailable: no answer; calling again is safe.
             ConnectorRejected: it cannot be taken back.
         """
-        receipt = await self._receipt(order)
         job = await self._database.write(lambda link: self._open(link, order, undo=True))
-        if job.refusal is not None:
-            return Effect(what=Effected.REFUSED, reason=job.refusal)
+        if isinstance(job, Effect):
+            return job
+        receipt = await self._receipt(order)
         if (ended := _ended(job)) is not None:
             return ended.model_copy(update={"what": Effected.UNDONE}) if ended.receipt else ended
         found = await self._found(job)
@@ -183,24 +195,35 @@ class Actor:
     async def _work(self, tenant: str, action: Action) -> Work:
         return Work(action.operation, json.loads(await self._content.get(tenant, action.arguments)))
 
-    def _open(self, link: Connection, order: EffectOrder, undo: bool) -> _Job:
+    def _open(self, link: Connection, order: EffectOrder, undo: bool) -> _Job | Effect:
         """Gate and reservation in one transaction, so that nothing can slip between them."""
-        job = self._read(link, order, undo)
         now = self._clock()
+        try:
+            job = self._read(link, order, undo)
+        except (InvalidInput, PolicyDenied) as error:
+            return _refused(link, order, undo, error.message, now)
+        _wait_for_clock(job, now)
         reason = _refusal(link, job, undo, now)
         if reason is not None:
-            _log_refusal(link, job, reason, now)
-            return replace(job, refusal=reason)
-        if not undo and job.intent.policy_digest != policy_digest(self._policy.of(job.intent.proposer)):
+            return _refused(link, order, undo, reason, now)
+        # Once an attempt was made its end must be found out, whatever policy says by now.
+        if not undo and look(link, job.who, now) is None and self._is_outdated(job.intent):
             return replace(job, stale="the policy has changed since this was approved")
         return replace(job, hold=reserve(link, job.who, now))
 
-    def _look(self, link: Connection, order: EffectOrder) -> _Job:
-        job = self._read(link, order, undo=False)
-        return replace(job, hold=look(link, job.who, self._clock()))
+    def _is_outdated(self, intent: Intent) -> bool:
+        return intent.policy_digest != policy_digest(self._policy.of(intent.proposer))
+
+    def _look(self, link: Connection, order: EffectOrder) -> _Job | Effect:
+        job, now = self._read(link, order, undo=False), self._clock()
+        hold = look(link, job.who, now)
+        # A key that nobody tried may only be closed by a run that was allowed to use it.
+        if hold is None and (reason := _refusal(link, job, False, now)) is not None:
+            return _refused(link, order, False, reason, now)
+        return replace(job, hold=hold)
 
     def _read(self, link: Connection, order: EffectOrder, undo: bool) -> _Job:
-        intent = Intent.model_validate_json(get_blob(link, order.tenant, order.digest))
+        intent = _intent(get_blob(link, order.tenant, order.digest), order.digest)
         plan = next((plan for plan in intent.plans if plan.action == order.action), None)
         if plan is None or intent.workflow_id != order.workflow_id or intent.tenant != order.tenant:
             raise PolicyDenied(f"action {order.action} is not part of intent {order.digest[:12]}…")
@@ -287,33 +310,57 @@ class Actor:
             await self._close(job, Held.DOUBT, "the target cannot be asked")
         return _ended(replace(job, hold=hold)) or Effect(what=Effected.IN_DOUBT)
 
-    async def _close(self, job: _Job, state: Held, reason: str) -> None:
-        await self._database.write(lambda link: close(link, job.who, self._clock(), state, reason))
+    async def _close(self, job: _Job, state: Held, reason: str) -> bool:
+        return await self._database.write(lambda link: close(link, job.who, self._clock(), state, reason))
 
     async def _drifted(self, job: _Job, reason: str) -> Effect:
-        await self._close(job, Held.CLOSED, f"drift: {reason[:200]}")
+        await self._close(job, Held.DRIFTED, f"drift: {reason[:200]}")
         return Effect(what=Effected.DRIFTED, reason=reason[:300])
 
 
 def _refusal(link: Connection, job: _Job, undo: bool, now: datetime) -> str | None:
     entries = entries_in(link, job.order.tenant, job.order.workflow_id)
     if undo:
-        return may_undo(entries, job.order.digest, job.order.action)
+        key = action_key(job.order.digest, job.order.action)
+        applied = confirmed(link, job.order.tenant, [key])
+        return may_undo(entries, job.order.digest, job.order.action) or (
+            None if applied else "it has no receipt; only what was applied can be taken back"
+        )
     return may_act(entries, job.intent, job.order.digest, now)
 
 
-def _log_refusal(link: Connection, job: _Job, reason: str, now: datetime) -> None:
-    stream = act_stream(job.order.workflow_id)
+def _intent(data: bytes, digest: str) -> Intent:
+    try:
+        return Intent.model_validate_json(data)
+    except ValidationError:
+        raise InvalidInput.field("digest", digest, "it names something that is no intent") from None
+
+
+def _wait_for_clock(job: _Job, now: datetime) -> None:
+    """Two machines' clocks differ; what is due in a moment is not refused for good."""
+    due = job.intent.proposal.not_before
+    if due is not None and now < due <= now + CLOCK_SKEW:
+        raise ConnectorUnavailable(
+            f"action {job.who.key} is due at {due.isoformat()}", next_retry_delay=due - now
+        )
+
+
+def _refused(link: Connection, order: EffectOrder, undo: bool, reason: str, now: datetime) -> Effect:
+    """Say no, and write down that somebody asked."""
+    key = action_key(order.digest, order.action)
+    key = f"{key}.undo" if undo else key
+    stream = act_stream(order.workflow_id)
     draft = Draft(
-        event_id=derived_id("event", job.order.tenant, stream, EventType.REFUSAL, job.who.key, reason),
+        event_id=derived_id("event", order.tenant, stream, EventType.REFUSAL, key, reason),
         stream=stream,
         type=EventType.REFUSAL,
         actor_kind="worker",
         actor_ref="act",
-        correlation_id=job.order.workflow_id,
-        body={"key": job.who.key, "digest": job.order.digest, "reason": reason},
+        correlation_id=order.workflow_id,
+        body={"key": key, "digest": order.digest, "reason": reason[:300]},
     )
-    add_in(link, job.order.tenant, draft, now)
+    add_in(link, order.tenant, draft, now)
+    return Effect(what=Effected.REFUSED, reason=reason[:300])
 
 
 def _expected(link: Connection, intent: Intent, order: EffectOrder, plan: Plan) -> str:
@@ -332,6 +379,8 @@ def _ended(job: _Job) -> Effect | None:
             return Effect(what=Effected.APPLIED, receipt=hold.receipt)
         case Turn.CLOSED:
             return Effect(what=Effected.ABSENT, reason="it was closed earlier")
+        case Turn.DRIFTED:
+            return Effect(what=Effected.DRIFTED, reason="the target had changed")
         case Turn.DOUBT:
             return Effect(what=Effected.IN_DOUBT, reason="it cannot be known whether it happened")
         case _:

@@ -84,6 +84,8 @@ def _admit(connection: Connection, admission: Admission, now: datetime) -> _Star
         if claim.outcome is not None:
             return _Start(body, earlier=Outcome.model_validate_json(claim.outcome))
         return _Start(body, refusal=f"key: {request.key!r} is in work as {claim.workflow_id}; look there")
+    if (other := _other_request(connection, admission, body)) is not None:
+        return _Start(body, refusal=other)
     if claim is None:
         _claim(connection, admission, body, now)
     draft = _request_event(admission, body)
@@ -157,6 +159,15 @@ def _request_event(admission: Admission, body: Ref) -> Draft:
         correlation_id=workflow_id,
         body={"agent": request.agent, "key": request.key, "body": body.model_dump(mode="json")},
     )
+
+
+def _other_request(connection: Connection, admission: Admission, body: Ref) -> str | None:
+    """Whether this workflow id was another request's, whose stream must not be taken for this one's."""
+    standing = entries_in(connection, admission.request.tenant, admission.workflow_id)
+    wanted = _request_event(admission, body).body
+    if not standing or standing[0].body == wanted:
+        return None
+    return f"workflow id: {admission.workflow_id!r} was used by another request; start this one under its own"
 
 
 def _other_body(key: str, first: str, now: str) -> str:

@@ -31,6 +31,8 @@ class Held(StrEnum):
     CONFIRMED = "confirmed"
     CLOSED = "closed"
     """It did not happen, and nobody may make it happen."""
+    DRIFTED = "drifted"
+    """The same, because what it was planned against had changed."""
     DOUBT = "doubt"
 
 
@@ -44,6 +46,7 @@ class Turn(StrEnum):
     """Look the key up, but "absent" may not be believed before `until`."""
     DONE = "done"
     CLOSED = "closed"
+    DRIFTED = "drifted"
     DOUBT = "doubt"
 
 
@@ -177,7 +180,7 @@ def _insert(link: Connection, who: Claimant, now: datetime, epoch: int, state: H
 
 
 def _ended(row: Row[Any]) -> Hold:
-    turn = {Held.CONFIRMED: Turn.DONE, Held.CLOSED: Turn.CLOSED, Held.DOUBT: Turn.DOUBT}[Held(row.state)]
+    turn = Turn.DONE if row.state == Held.CONFIRMED else Turn(row.state)
     receipt = Receipt.model_validate_json(row.result) if row.result else None
     return Hold(turn, row.epoch, from_micros(row.deadline), from_micros(row.settles), receipt)
 
