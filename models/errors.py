@@ -86,6 +86,10 @@ class OutputInvalid(Final):
     """A model's answer failed its schema after one repair."""
 
 
+class IdentityChanged(Final):
+    """Another model than the accepted one answers at a tier; a person accepts it in the settings."""
+
+
 class InDoubt(Final):
     """It cannot be known whether the effect happened; a person must look."""
 

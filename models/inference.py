@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
 from models.loop import Amount, Cost, Frozen, Name, Ref
 
@@ -24,6 +24,54 @@ class DataClass(StrEnum):
     INTERNAL = "internal"
     CONFIDENTIAL = "confidential"
     PERSONAL = "personal"
+
+
+class Ending(StrEnum):
+    """How one attempt at one model ended, the same words for every kind of server."""
+
+    OK = "ok"
+    INVALID_REQUEST = "invalid_request"
+    TOO_LONG = "too_long"
+    SCHEMA_UNSUPPORTED = "schema_unsupported"
+    SCHEMA_VIOLATED = "schema_violated"
+    TRUNCATED = "truncated"
+    OVERLOADED = "overloaded"
+    """Back-pressure, not a fault."""
+    BACKEND_FAULT = "backend_fault"
+    INCOMPLETE = "incomplete"
+    """The answer stopped before the server said that it was whole."""
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"
+    AUTH = "auth"
+
+
+class TimeLimit(StrEnum):
+    """Which of the four limits ran out."""
+
+    CONNECT = "connect"
+    FIRST_TOKEN = "first_token"
+    IDLE = "idle"
+    TOTAL = "total"
+
+
+class Timing(Frozen):
+    """Where the time of one attempt went; `None` is unknown."""
+
+    queue_milliseconds: int | None = None
+    """Waiting in the server, as it says or as its own accounts leave over."""
+    first_token_milliseconds: int | None = None
+    """From sending to the first token; unknown when the answer came in one piece."""
+    microseconds_per_token: int | None = None
+    """After the first one."""
+
+
+class TokenChance(Frozen):
+    """How sure the model was of one token it wrote."""
+
+    token: str
+    logprob: float
+    margin: float | None = None
+    """Logprob of the likeliest token minus that of the second."""
 
 
 class Message(Frozen):
@@ -44,6 +92,10 @@ class Prompt(Frozen):
     top_p: float = Field(default=0.95, gt=0, lt=1)
     seed: int = 7
     stop: tuple[str, ...] = ()
+    logprobs: bool = False
+    """Ask how sure the model is of every token."""
+    cache_group: str | None = None
+    """Who may share a server's prefix cache with this prompt, for servers that keep groups apart."""
 
 
 class Completion(Frozen):
@@ -56,6 +108,84 @@ class Completion(Frozen):
     model: str
     """Identity as the server reports it."""
     milliseconds: int
+    usage: Literal["reported", "counted"] = "reported"
+    """Counted: with the server's own tokenizer, because the answer named no counts."""
+    cached_tokens: int | None = None
+    """The part of the prompt the server did not have to read again."""
+    timing: Timing = Timing()
+    chances: tuple[TokenChance, ...] = ()
+    """One per token, if the prompt asked for logprobs and the server gives them."""
+    holds: bool | None = None
+    """Whether the text satisfies the prompt's schema; `None` without one or where nobody looked."""
+
+    @property
+    def ending(self) -> Ending:
+        """How the attempt ended."""
+        if self.finish == "length":
+            return Ending.TRUNCATED
+        return Ending.SCHEMA_VIOLATED if self.holds is False else Ending.OK
+
+
+class Attempt(Frozen):
+    """One attempt at one tier, as breaker, admission and records see it; it holds no text."""
+
+    tier: Name
+    ending: Ending
+    limit: TimeLimit | None = None
+    """Which limit ran out, if `ending` is timeout."""
+    sent: bool = True
+    """Whether the request may have reached the server; if not, asking again costs nothing."""
+    held: bool = False
+    """Another model than the accepted one answers there; the tier waits for a person."""
+    model: str | None = None
+    milliseconds: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    usage: Literal["reported", "counted"] | None = None
+    timing: Timing = Timing()
+
+    @classmethod
+    def of(cls, tier: str, answer: Completion) -> Attempt:
+        """The attempt behind an answer."""
+        return cls(
+            tier=tier,
+            ending=answer.ending,
+            model=answer.model,
+            milliseconds=answer.milliseconds,
+            prompt_tokens=answer.prompt_tokens,
+            completion_tokens=answer.completion_tokens,
+            usage=answer.usage,
+            timing=answer.timing,
+        )
+
+
+def attempt_of(error: BaseException) -> Attempt | None:
+    """The attempt behind an endpoint's error; `None` if it carries none."""
+    for detail in getattr(error, "details", ()):
+        if isinstance(detail, dict) and "ending" in detail:
+            return Attempt.model_validate(detail)
+    return None
+
+
+class Probed(Frozen):
+    """What a server was seen to be and to do; `None` is not established, never assumed."""
+
+    tier: Name
+    reachable: bool
+    model: str | None = None
+    context_tokens: int | None = None
+    """Prompt plus answer that one request may use."""
+    slots: int | None = None
+    """Requests it works on or holds at once."""
+    tokenizer: bool | None = None
+    structured: bool | None = None
+    """It held an answer to a schema that the model would not have kept by itself."""
+    logprobs: bool | None = None
+    usage: bool | None = None
+    cancel: bool | None = None
+    """It stopped working when the connection was closed."""
+    false: tuple[str, ...] = ()
+    """What the settings declare and the server does not keep, in words for people."""
 
 
 class Needs(Frozen):
@@ -69,6 +199,12 @@ class Needs(Frozen):
     deadline_seconds: int = Field(default=120, ge=1)
     answer_tokens: int | None = Field(default=None, ge=1)
     """The part of `context_tokens` that is the answer; without it time and price are unknown."""
+    pin: Name | None = None
+    """The only tier that may take it."""
+    within_milliseconds: int | None = Field(default=None, ge=1)
+    """Somebody waits for the answer, this long; `None` is work that may queue."""
+    may_queue: bool = False
+    """What cannot be had within that time may be had later."""
 
 
 class Candidate(Frozen):
@@ -88,6 +224,8 @@ class Route(Frozen):
     purpose: Name
     tiers: tuple[Name, ...]
     candidates: tuple[Candidate, ...]
+    queued: bool = True
+    """Nobody waits for it: it may stand in a queue. Otherwise the deadline holds."""
 
 
 class Call(Frozen):
@@ -98,6 +236,19 @@ class Call(Frozen):
     params: dict[str, Param] = Field(default_factory=dict)
     data_class: DataClass = DataClass.INTERNAL
     region: str | None = None
+    pin: Name | None = None
+    """The tier that answered earlier in the same tool loop; models are not switched within one."""
+
+
+class Grant(Frozen):
+    """What the router allows one call: money held for it, and until when it may be tried."""
+
+    reservation: str | None = None
+    """Name of the money held; `None` where no budget applies."""
+    deadline: AwareDatetime | None = None
+    """One for the whole chain, all tiers and repairs; `None` for queued work."""
+    priority: int = Field(default=3, ge=1, le=5)
+    """1 goes first."""
 
 
 class Ask(Frozen):
@@ -107,6 +258,7 @@ class Ask(Frozen):
     workflow_id: str
     call: Call
     tier: Name
+    grant: Grant = Grant()
 
 
 class Answered(Frozen):
@@ -118,6 +270,8 @@ class Answered(Frozen):
     problems: tuple[str, ...] = ()
     repaired: bool = False
     cost: Cost = Cost()
+    cached: bool = False
+    """It was given to an identical call before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,3 +285,5 @@ class Task:
     build: Callable[[Inputs, Params], Prompt]
     check: Callable[[str, Inputs, Params], tuple[str, ...]]
     """Objections to an answer, in words the model can use; empty means good."""
+    cache_seconds: int = 0
+    """How long an answer may be given again to an identical call; only for what starts no action."""

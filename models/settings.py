@@ -7,11 +7,17 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.inference import DataClass
 from models.loop import Frozen, Name
+from models.orders import Pace
 from models.policy import Policy
+
+
+def _refused(remedy: str) -> PydanticCustomError:
+    return PydanticCustomError("refused", remedy)  # pyright: ignore[reportArgumentType]
 
 
 class TemporalSettings(Frozen):
@@ -31,34 +37,78 @@ class TierSettings(Frozen):
     """A class of model and the server behind it. Order in the file is from cheap to capable."""
 
     name: Name
-    kind: Literal["llama_cpp", "tgi"]
+    kind: Literal["llama_cpp", "tgi", "openai_compatible"]
+    route: Literal["chat", "generate"] = "chat"
+    """Generate is TGI's native route: the server's chat template, then `/generate_stream`."""
     url: str
     managed: bool = False
     """The launcher starts a llama.cpp server with the bundled weights at this address."""
     model: str = ""
+    """The only model accepted there; empty accepts the first one seen, for as long as a process lives."""
+    revision: str | None = None
+    """The only revision accepted, where the server publishes one."""
     token: SecretStr | None = None
+    cache_salt: SecretStr | None = None
+    """Keeps the server's prefix caches of groups apart, where it takes a salt (vLLM)."""
     region: str | None = None
     data_classes: tuple[DataClass, ...] = (DataClass.PUBLIC, DataClass.INTERNAL)
     context_tokens: int = Field(default=4096, ge=64)
     structured: bool = True
+    connect_seconds: int = Field(default=5, ge=1)
+    first_token_seconds: int | None = Field(default=None, ge=1)
+    """Reading a long prompt is slow without a graphics card; `None` leaves it to `timeout_seconds`."""
+    idle_seconds: int = Field(default=30, ge=1)
+    """The longest pause between two tokens."""
     timeout_seconds: int = Field(default=120, ge=1)
+    """For the whole answer."""
     concurrency: int = Field(default=1, ge=1)
-    price_per_million_input: Decimal | None = None
-    price_per_million_output: Decimal | None = None
-    currency: str | None = None
+    price_per_million_input: Decimal | None = Field(default=None, ge=0)
+    price_per_million_output: Decimal | None = Field(default=None, ge=0, validate_default=True)
+    currency: str | None = Field(default=None, validate_default=True)
     tokens_per_second: int | None = Field(default=None, ge=1)
     """Expected decoding speed, for estimates until there are measurements."""
+
+    @field_validator("route")
+    @classmethod
+    def _route_of_its_kind(cls, value: str, info: ValidationInfo) -> str:
+        if value == "generate" and info.data.get("kind") != "tgi":
+            raise _refused('only kind = "tgi" has this route; write "chat"')
+        return value
+
+    @field_validator("revision")
+    @classmethod
+    def _revision_of_a_model(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and not info.data.get("model"):
+            raise _refused("a revision belongs to a model; set model too")
+        return value
+
+    @field_validator("price_per_million_output")
+    @classmethod
+    def _both_prices(cls, value: Decimal | None, info: ValidationInfo) -> Decimal | None:
+        if (value is None) != (info.data.get("price_per_million_input") is None):
+            raise _refused("a price needs its other half; set both prices, or neither")
+        return value
+
+    @field_validator("currency")
+    @classmethod
+    def _currency_of_prices(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("price_per_million_input") is not None:
+            raise _refused('a price without a currency is no price; set currency, for instance "EUR"')
+        return value
 
 
 class EmbeddingSettings(Frozen):
     """The embedding server."""
 
-    kind: Literal["llama_cpp"] = "llama_cpp"
+    kind: Literal["llama_cpp", "tei", "openai_compatible"] = "llama_cpp"
     url: str = "http://127.0.0.1:8091"
     model: str = "sentence-transformers/all-MiniLM-L6-v2:53aa5117"
-    """The identity its server must report; vectors of different models never mix."""
+    """The identity its server must report, for TEI with `@` and its revision if that is to be fixed too;
+    vectors of different models never mix."""
+    token: SecretStr | None = None
     managed: bool = True
     dimensions: int = 384
+    connect_seconds: int = Field(default=5, ge=1)
     timeout_seconds: int = 30
 
 
@@ -77,6 +127,8 @@ class SiteSettings(Frozen):
     """The desk role serves the folder at that address."""
     language: str = "en"
     title: str = "Countersign demo"
+    engine: Literal["auto", "hugo", "plain"] = "auto"
+    """What builds the pages; auto is Hugo where it is installed."""
 
 
 class ContentSettings(Frozen):
@@ -88,12 +140,6 @@ class ContentSettings(Frozen):
     duplicate_permille: int = Field(default=850, ge=0, le=1000)
     """Cosine times 1000 from which an earlier post counts as a near-duplicate."""
     check_links: bool = True
-
-
-class ActSettings(Frozen):
-    """How long one attempt at an effect may take before it may no longer send."""
-
-    attempt: timedelta = timedelta(seconds=30)
 
 
 class ScheduleSettings(Frozen):
@@ -121,11 +167,26 @@ class Settings(Frozen):
     embeddings: EmbeddingSettings | None = EmbeddingSettings()
     sites: tuple[SiteSettings, ...] = ()
     content: ContentSettings = ContentSettings()
-    act: ActSettings = ActSettings()
+    pace: Pace = Pace()
+    notes: bool = False
+    """Offer the `null` connector, which keeps notes in the data folder; for trials and tests."""
     policy: Policy = Policy()
     schedules: tuple[ScheduleSettings, ...] = ()
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
     otlp_endpoint: str | None = None
+
+    @field_validator("tiers")
+    @classmethod
+    def _tier_names_differ(cls, tiers: tuple[TierSettings, ...]) -> tuple[TierSettings, ...]:
+        names = [tier.name for tier in tiers]
+        for number, name in enumerate(names):
+            if name in names[:number]:
+                # At the field itself, so that no other value of the entry, such as a token, is shown.
+                text = "another tier has this name; names are how routes and budgets tell tiers apart"
+                kind = PydanticCustomError("duplicate", text)
+                line = InitErrorDetails(type=kind, loc=(number, "name"), input=name)
+                raise ValidationError.from_exception_data("tiers", [line])
+        return tiers
 
     @property
     def database_url(self) -> str:

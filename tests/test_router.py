@@ -145,7 +145,8 @@ def test_an_estimate_uses_prices_and_speed_from_the_settings():
 
 
 def test_prices_without_a_currency_are_no_price():
-    assert estimate(needing(answer_tokens=50), tier(**PRICED | {"currency": None})).amount is None
+    unpriced = tier(**PRICED).model_copy(update={"currency": None})
+    assert estimate(needing(answer_tokens=50), unpriced).amount is None
 
 
 def test_what_was_measured_beats_what_was_configured():
