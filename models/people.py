@@ -1,0 +1,65 @@
+"""Who may answer, in which roles, and with which keys; and the exact bytes a signed answer covers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, Field, StringConstraints
+
+from models.canonical import Digest, canonical
+from models.loop import Frozen, Name
+
+NAMESPACE = "countersign-verdict-v1"
+"""The namespace of `ssh-keygen -Y sign`: a signature made for anything else is none here."""
+
+PersonId = Annotated[str, StringConstraints(pattern=r"^[^\s\x00-\x1f]{1,200}$")]
+"""How a person is called in answers and in the ledger; an opaque id serves as well as an address."""
+
+
+class Key(Frozen):
+    """An SSH public key and when it counts."""
+
+    public: Annotated[str, StringConstraints(pattern=r"^ssh-ed25519 [A-Za-z0-9+/=]{40,}( .*)?$")]
+    """As in an allowed-signers file or `id_ed25519.pub`."""
+    valid_after: AwareDatetime | None = None
+    valid_before: AwareDatetime | None = None
+    revoked: bool = False
+    """From now on nothing it signed may lead to an effect any more."""
+
+
+class Person(Frozen):
+    """Someone who may answer."""
+
+    name: PersonId
+    roles: tuple[Name, ...] = ()
+    keys: tuple[Key, ...] = ()
+
+
+class People(Frozen):
+    """Everyone who may answer; with nobody named, any name counts as `claimed`."""
+
+    people: tuple[Person, ...] = ()
+
+    def of(self, name: str) -> Person | None:
+        """The person of that name."""
+        return next((person for person in self.people if person.name == name), None)
+
+
+class Statement(Frozen):
+    """What a signed answer says; its canonical bytes are what is signed."""
+
+    schema_version: Literal[1] = 1
+    tenant: Name
+    digest: Digest
+    decision: Literal["approve", "reject", "revise", "delegate"]
+    approver: PersonId
+    role: Name | None = None
+    to: PersonId | None = None
+    comment_sha256: Digest
+    nonce: str = Field(min_length=16, max_length=64, pattern=r"^[0-9a-f]+$")
+    issued_at: AwareDatetime
+    expires_at: AwareDatetime
+
+    def bytes(self) -> bytes:
+        """RFC 8785 bytes."""
+        return canonical(self)
