@@ -70,6 +70,11 @@ class Loop:
             if len(payloads) != 1 or not isinstance(payloads[0], Request):
                 kinds = ", ".join(type(payload).__name__ for payload in payloads) or "nothing"
                 raise InvalidInput.field("input", kinds, "send one Request: agent, key and body")
+            if payloads[0].agent != cls.SPEC.name:
+                # Its policy would be one agent's and its work another's.
+                raise InvalidInput.field(
+                    "agent", payloads[0].agent, f"this run is of {cls.SPEC.name}; name it"
+                )
             return super().__new__(cls)
 
     def __init__(self, request: Request) -> None:
@@ -229,7 +234,7 @@ class Loop:
         except (asyncio.CancelledError, FailureError, CountersignError) as error:
             if not is_cancelled_exception(error) or not self.journal.is_open:
                 await self._failed(error)
-                raise
+                raise _readable(error)  # noqa: B904 - an error cannot be its own cause
             outcome = await self._conclude(Carried(Status.CANCELLED, "cancelled before anything was done"))
         await to_the_end(self._drained())
         return outcome
@@ -422,6 +427,14 @@ def _well_formed(kind: Kind, payloads: tuple[Any, ...]) -> None:
     message = read_message(kind, payloads)
     if isinstance(message, Refusal):
         raise ApplicationError(f"{message.field}: {message.remedy}", type="InvalidInput", non_retryable=True)
+
+
+def _readable(error: BaseException) -> BaseException:
+    """What a run fails with: the error of the step, not just that a step failed."""
+    if not isinstance(error, ActivityError) or is_cancelled_exception(error):
+        return error
+    kind = policies.error_type(error) or "StepFailed"
+    return ApplicationError(policies.error_text(error), type=kind, non_retryable=True)
 
 
 def _by(journal: Journal) -> str:
