@@ -15,6 +15,30 @@ class LogHead(SQLModel, table=True):
     __tablename__ = "log_head"  # pyright: ignore[reportAssignmentType]
     log_id: str = Field(primary_key=True)
     size: int = Field(default=0, sa_type=BIG)
+    peaks: bytes = Field(default=b"", sa_type=LargeBinary)
+    """Hashes of the complete subtrees that the log's Merkle tree is made of, largest first."""
+
+
+class MerkleNode(SQLModel, table=True):
+    """A complete subtree above the leaves of a log's Merkle tree; written once, when its last leaf comes."""
+
+    __tablename__ = "merkle_node"  # pyright: ignore[reportAssignmentType]
+    log_id: str = Field(primary_key=True)
+    level: int = Field(primary_key=True)
+    idx: int = Field(primary_key=True, sa_type=BIG)
+    hash: bytes = Field(sa_type=LargeBinary)
+
+
+class Checkpoint(SQLModel, table=True):
+    """A signed size and root of one log; written once."""
+
+    __tablename__ = "checkpoint"  # pyright: ignore[reportAssignmentType]
+    log_id: str = Field(primary_key=True)
+    size: int = Field(primary_key=True, sa_type=BIG)
+    root: bytes = Field(sa_type=LargeBinary)
+    note: str
+    key_id: str
+    """Name and key hash of the signer, as in the note."""
 
 
 class EventRow(SQLModel, table=True):

@@ -2,7 +2,7 @@
 
 Every write of a process goes through its single writer, which puts whatever has queued up meanwhile into one
 transaction: one fsync for many appends. Work functions must be pure towards the outside, since a batch whose
-commit fails is reported to all of its members as failed.
+commit fails is reported to all of its members as failed, and one in which a job fails is run again.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ BATCH = 128
 BUSY_MILLISECONDS = 30_000
 
 Job = tuple[Callable[[Connection], Any], "Future[Any]"]
+Done = tuple["Future[Any]", Any, BaseException | None]
 
 
 class Database:
@@ -89,11 +90,12 @@ class Database:
                 return
 
     def _commit(self, batch: list[Job]) -> None:
-        done: list[tuple[Future[Any], Any, BaseException | None]] = []
+        done: list[Done] = []
         try:
-            with self.engine.begin() as connection:
-                for work, future in batch:
-                    done.append((future, *_attempt(connection, work, alone=len(batch) == 1)))
+            try:
+                done = self._together(batch)
+            except _OneFailed:
+                done = self._apart(batch)
         except BaseException as error:
             done = [(future, None, error) for _, future in batch]
         for future, result, failure in done:
@@ -102,13 +104,31 @@ class Database:
             else:
                 future.set_exception(failure)
 
+    def _together(self, batch: list[Job]) -> list[Done]:
+        """All jobs in one transaction; savepoints cost more than the jobs do, and are seldom needed."""
+        with self.engine.begin() as connection:
+            done: list[Done] = []
+            for work, future in batch:
+                try:
+                    done.append((future, work(connection), None))
+                except Exception as error:
+                    if len(batch) == 1:
+                        raise
+                    raise _OneFailed from error
+        return done
 
-def _attempt(
-    connection: Connection, work: Callable[[Connection], Any], alone: bool
-) -> tuple[Any, BaseException | None]:
+    def _apart(self, batch: list[Job]) -> list[Done]:
+        """The same, so that a job that fails leaves the others alone."""
+        with self.engine.begin() as connection:
+            return [(future, *_attempt(connection, work)) for work, future in batch]
+
+
+class _OneFailed(Exception):
+    """A job of a batch failed; nothing of the batch was kept."""
+
+
+def _attempt(connection: Connection, work: Callable[[Connection], Any]) -> tuple[Any, BaseException | None]:
     """Run one job in a savepoint, so that its failure does not undo its neighbours."""
-    if alone:
-        return work(connection), None
     savepoint = connection.begin_nested()
     try:
         result = work(connection)
@@ -146,7 +166,8 @@ def _engine(url: str) -> Engine:
     @event.listens_for(engine, "connect")
     def _pragmas(raw: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
         raw.isolation_level = None
-        for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on"):
+        # Recursive triggers make the guards of the ledger see what INSERT OR REPLACE takes away.
+        for pragma in ("journal_mode=wal", "synchronous=full", "foreign_keys=on", "recursive_triggers=on"):
             raw.execute(f"PRAGMA {pragma}").close()
 
     @event.listens_for(engine, "begin")

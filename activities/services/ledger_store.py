@@ -8,25 +8,52 @@ speaks of are one commit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from activities.services.content import JSON, put_blob
 from activities.services.database import Database, to_micros
+from activities.services.merkle import LEAF_PREFIX, extend, leaf_hash, pack, unpack
 from models.canonical import canonical, sha256
 from models.errors import LedgerBroken
 from models.ledger import Append, Appended, Draft, Entry, Event
-from models.tables import EventRow, LogHead, table
+from models.tables import EventRow, LogHead, MerkleNode, table
 
 EVENT = table(EventRow)
 HEAD = table(LogHead)
-LEAF_PREFIX = b"\x00"
-"""RFC 9162 section 2.1.1: leaves and nodes hash under different prefixes."""
+NODE = table(MerkleNode)
+
+# An append is made of these few; building them anew for each took most of its time.
+_LOG, _STREAM, _AFTER = bindparam("log"), bindparam("stream"), bindparam("after")
+_IN_STREAM = (EVENT.c.log_id == _LOG) & (EVENT.c.stream == _STREAM)
+_ENTRIES = (
+    select(EVENT.c.version, EVENT.c.envelope, EVENT.c.leaf_hash)
+    .where(_IN_STREAM, EVENT.c.version > _AFTER)
+    .order_by(EVENT.c.version)
+)
+_LAST = select(func.max(EVENT.c.version)).where(_IN_STREAM)
+_KNOWN = select(EVENT.c.seq).where(EVENT.c.log_id == _LOG, EVENT.c.event_id == bindparam("event"))
+_HEAD = select(HEAD.c.size, HEAD.c.peaks).where(HEAD.c.log_id == _LOG).with_for_update()
+_GROW = (
+    update(HEAD).where(HEAD.c.log_id == _LOG).values(size=bindparam("new_size"), peaks=bindparam("new_peaks"))
+)
+_ADD_EVENTS = EVENT.insert()
+_ADD_NODES = NODE.insert()
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """The end of a log, held until the transaction ends."""
+
+    tenant: str
+    size: int
+    peaks: list[bytes]
 
 
 class LedgerStore:
@@ -76,43 +103,37 @@ def append_in(connection: Connection, wish: Append, now: datetime) -> Appended:
         LedgerBroken: the stream is shorter than the writer knows it to be.
     """
     drafts = _with_texts(connection, wish)
-    size = _lock(connection, wish.tenant)
-    standing = entries_in(connection, wish.tenant, wish.stream, wish.expected)
-    if standing:
+    head = _lock(connection, wish.tenant)
+    # From the last event the writer knows of, so that one look says both what stands and whether that does.
+    known = {"log": wish.tenant, "stream": wish.stream, "after": wish.expected - 1}
+    rows = connection.execute(_ENTRIES, known).all()
+    last = rows[0].version if rows and rows[0].version == wish.expected else 0
+    if standing := tuple(_entry(_read(row)) for row in rows if row.version > wish.expected):
         same = [_same(draft, entry) for draft, entry in zip(drafts, standing, strict=False)]
         won = len(standing) == len(drafts) and all(same)
         return _won(connection, wish) if won else Appended(won=False, entries=standing)
-    last = _last_version(connection, wish.tenant, wish.stream)
     if last != wish.expected:
+        last = _last_version(connection, wish.tenant, wish.stream)
         raise LedgerBroken(
             f"stream {wish.stream} ends at version {last}, its writer saw {wish.expected}; events are "
             "missing, restore the database before going on"
         )
-    for offset, draft in enumerate(drafts, start=1):
-        _insert(connection, wish.tenant, draft, size + offset, wish.expected + offset, now)
-    _grow(connection, wish.tenant, size + len(drafts))
+    _insert(connection, head, drafts, wish.expected + 1, now)
     return _won(connection, wish)
 
 
 def add_in(connection: Connection, tenant: str, draft: Draft, now: datetime) -> None:
     """Append at the end of the draft's stream; an event id that stands already is left as it is."""
-    size = _lock(connection, tenant)
-    known = select(EVENT.c.seq).where(EVENT.c.log_id == tenant, EVENT.c.event_id == draft.event_id)
-    if connection.execute(known).first() is not None:
+    head = _lock(connection, tenant)
+    if connection.execute(_KNOWN, {"log": tenant, "event": draft.event_id}).first() is not None:
         return
-    version = _last_version(connection, tenant, draft.stream) + 1
-    _insert(connection, tenant, draft, size + 1, version, now)
-    _grow(connection, tenant, size + 1)
+    _insert(connection, head, (draft,), _last_version(connection, tenant, draft.stream) + 1, now)
 
 
 def entries_in(connection: Connection, tenant: str, stream: str, after: int = 0) -> tuple[Entry, ...]:
     """The events of a stream beyond version `after`."""
-    query = (
-        select(EVENT.c.envelope, EVENT.c.leaf_hash)
-        .where(EVENT.c.log_id == tenant, EVENT.c.stream == stream, EVENT.c.version > after)
-        .order_by(EVENT.c.version)
-    )
-    return tuple(_entry(_read(row)) for row in connection.execute(query))
+    found = connection.execute(_ENTRIES, {"log": tenant, "stream": stream, "after": after})
+    return tuple(_entry(_read(row)) for row in found)
 
 
 def _won(connection: Connection, wish: Append) -> Appended:
@@ -132,47 +153,61 @@ def _with_texts(connection: Connection, wish: Append) -> tuple[Draft, ...]:
     return (*others, last.model_copy(update={"body": body}))
 
 
-def _lock(connection: Connection, tenant: str) -> int:
-    """Size of the log, with its head row held until the transaction ends."""
-    query = select(HEAD.c.size).where(HEAD.c.log_id == tenant).with_for_update()
-    size = connection.execute(query).scalar_one_or_none()
-    if size is None:
+def _lock(connection: Connection, tenant: str) -> _Head:
+    """The head of the log, with its row held until the transaction ends."""
+    row = connection.execute(_HEAD, {"log": tenant}).first()
+    if row is None:
         insert = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
-        connection.execute(insert(HEAD).values(log_id=tenant, size=0).on_conflict_do_nothing())
-        size = connection.execute(query).scalar_one()
-    return size
-
-
-def _grow(connection: Connection, tenant: str, size: int) -> None:
-    connection.execute(update(HEAD).where(HEAD.c.log_id == tenant).values(size=size))
+        fresh = insert(HEAD).values(log_id=tenant, size=0, peaks=b"")
+        connection.execute(fresh.on_conflict_do_nothing())
+        row = connection.execute(_HEAD, {"log": tenant}).one()
+    try:
+        return _Head(tenant, row.size, unpack(row.size, row.peaks))
+    except ValueError as error:
+        raise LedgerBroken(f"the head of log {tenant}: {error}; restore the database") from None
 
 
 def _last_version(connection: Connection, tenant: str, stream: str) -> int:
-    query = select(func.max(EVENT.c.version)).where(EVENT.c.log_id == tenant, EVENT.c.stream == stream)
-    return connection.execute(query).scalar_one() or 0
+    return connection.execute(_LAST, {"log": tenant, "stream": stream}).scalar_one() or 0
 
 
-def _insert(connection: Connection, tenant: str, draft: Draft, seq: int, version: int, now: datetime) -> None:
-    plain = draft.model_dump(mode="json")
-    plain |= {"log_id": tenant, "seq": seq, "version": version, "recorded_at": now.isoformat()}
-    envelope = canonical(plain)
-    connection.execute(
-        EVENT.insert().values(
-            log_id=tenant,
-            seq=seq,
-            event_id=draft.event_id,
-            stream=draft.stream,
-            version=version,
-            type=draft.type.value,
-            correlation_id=draft.correlation_id,
-            recorded_at=to_micros(now),
-            envelope=envelope,
-            leaf_hash=sha256(LEAF_PREFIX + envelope),
+def _insert(
+    connection: Connection, head: _Head, drafts: Sequence[Draft], version: int, now: datetime
+) -> None:
+    """Write events, the subtrees they complete, and the new head."""
+    rows = [_row(head, draft, place, version + place, now) for place, draft in enumerate(drafts)]
+    leaves = [bytes.fromhex(row["leaf_hash"]) for row in rows]
+    peaks, nodes = extend(head.size, head.peaks, leaves)
+    connection.execute(_ADD_EVENTS, rows)
+    if nodes:
+        connection.execute(
+            _ADD_NODES,
+            [{"log_id": head.tenant, "level": n.level, "idx": n.index, "hash": n.hash} for n in nodes],
         )
-    )
+    grown = {"log": head.tenant, "new_size": head.size + len(rows), "new_peaks": pack(peaks)}
+    connection.execute(_GROW, grown)
 
 
-def _read(row: Row[Any, Any]) -> Event:
+def _row(head: _Head, draft: Draft, place: int, version: int, now: datetime) -> dict[str, Any]:
+    seq = head.size + place + 1
+    plain = draft.model_dump(mode="json")
+    plain |= {"log_id": head.tenant, "seq": seq, "version": version, "recorded_at": now.isoformat()}
+    envelope = canonical(plain)
+    return {
+        "log_id": head.tenant,
+        "seq": seq,
+        "event_id": draft.event_id,
+        "stream": draft.stream,
+        "version": version,
+        "type": draft.type.value,
+        "correlation_id": draft.correlation_id,
+        "recorded_at": to_micros(now),
+        "envelope": envelope,
+        "leaf_hash": leaf_hash(envelope).hex(),
+    }
+
+
+def _read(row: Any) -> Event:
     if sha256(LEAF_PREFIX + row.envelope) != row.leaf_hash:
         raise LedgerBroken("an event does not hash to its leaf; stop all workers and restore the database")
     return Event.model_validate(json.loads(row.envelope) | {"leaf_hash": row.leaf_hash})

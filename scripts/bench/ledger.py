@@ -1,0 +1,289 @@
+"""What durable appends cost: `python -m scripts.bench ledger [--database URL] [--kills 100]`.
+
+Everything runs beside a floor: a bare driver that commits each event by itself, with the same bytes, the same
+tree nodes and the same pragmas. Rounds of both alternate, so that a busy machine slows both. Prints one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+
+from activities.services.database import Database
+from activities.services.ledger_store import EVENT, HEAD, NODE, LedgerStore
+from activities.services.merkle import extend, leaf_hash, node_count, pack, root_of, unpack
+from activities.services.migrations import migrate
+from models.canonical import canonical
+from models.ledger import Append, Draft, EventType
+
+FORKS = multiprocessing.get_context("forkserver")
+HEAD_SQL = "SELECT size, peaks FROM log_head WHERE log_id = ?"
+EVENT_SQL = (
+    "INSERT INTO event (log_id, seq, event_id, stream, version, type, correlation_id, recorded_at, envelope, "
+    "leaf_hash) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
+NODE_SQL = "INSERT INTO merkle_node (log_id, level, idx, hash) VALUES (?, ?, ?, ?)"
+GROW_SQL = "UPDATE log_head SET size = ?, peaks = ? WHERE log_id = ?"
+
+
+@dataclass(slots=True)
+class Measured:
+    """Appends of one round, over all processes."""
+
+    seconds: float = 0
+    took: list[float] = field(default_factory=list[float])
+
+    @property
+    def rate(self) -> float:
+        """Appends a second."""
+        return len(self.took) / self.seconds
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.bench ledger", description=__doc__)
+    parser.add_argument("--database", help="also this one, a SQLAlchemy URL; its tables get new logs")
+    parser.add_argument("--seconds", type=float, default=3, help="of one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--folder", help="where the SQLite file goes; the disk decides")
+    options = parser.parse_args(argv)
+    FORKS.set_forkserver_preload([__name__])
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        urls = {"sqlite": f"sqlite:///{Path(folder) / 'ledger.db'}"}
+        if options.database:
+            urls["given"] = options.database
+        report: dict[str, Any] = {name: measure(url, options) for name, url in urls.items()}
+    present = importlib.util.find_spec("eventsourcing") is not None
+    report["eventsourcing"] = "installed, not measured" if present else "not installed"
+    print(json.dumps(report, indent=2))
+    return 0
+
+
+def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All sections on one database."""
+    migrate(url)
+    return {
+        "one_process_64_tasks": _beside(url, options, processes=1, tasks=64),
+        "four_processes_16_tasks": _beside(url, options, processes=4, tasks=16),
+        "killed": killed(url, options.kills, random.Random(1)),
+    }
+
+
+def _beside(url: str, options: argparse.Namespace, processes: int, tasks: int) -> dict[str, Any]:
+    ours, floors = list[Measured](), list[Measured]()
+    for _ in range(options.rounds):
+        floors.append(_round(url, floor, processes, (options.seconds,)))
+        ours.append(_round(url, grouped, processes, (options.seconds, tasks)))
+    took = sorted(one for measured in ours for one in measured.took)
+    rate = statistics.median(measured.rate for measured in ours)
+    bare = statistics.median(measured.rate for measured in floors)
+    return {
+        "appends_per_second": round(rate),
+        "one_commit_per_event": round(bare),
+        "times": round(rate / bare, 2),
+        "p50_ms": round(took[len(took) // 2] * 1000, 1),
+        "p99_ms": round(took[len(took) * 99 // 100] * 1000, 1),
+    }
+
+
+def _round(url: str, work: Callable[..., None], processes: int, arguments: tuple[Any, ...]) -> Measured:
+    log, results = _name(), FORKS.SimpleQueue()
+    ready = FORKS.Barrier(processes)
+    started = [
+        FORKS.Process(target=work, args=(url, log, ready, results, *arguments)) for _ in range(processes)
+    ]
+    for process in started:
+        process.start()
+    parts: list[Measured] = [results.get() for _ in started]
+    for process in started:
+        process.join()
+    check(url, log, sum(len(part.took) for part in parts))
+    whole = Measured(max(part.seconds for part in parts))
+    whole.took = [one for part in parts for one in part.took]
+    return whole
+
+
+def grouped(url: str, log: str, ready: Any, results: Any, seconds: float, tasks: int) -> None:
+    """The ledger as it is, in one process."""
+    results.put(asyncio.run(_grouped(url, log, ready, seconds, tasks)))
+
+
+async def _grouped(url: str, log: str, ready: Any, seconds: float, tasks: int) -> Measured:
+    database = Database(url)
+    store = LedgerStore(database, _now)
+    measured = Measured()
+    await database.read(lambda link: link.execute(select(HEAD.c.size)).first())
+    ready.wait()
+    start = time.perf_counter()
+
+    async def one() -> None:
+        stream, version = _name(), 0
+        while time.perf_counter() - start < seconds:
+            began = time.perf_counter()
+            wish = Append(tenant=log, stream=stream, expected=version, drafts=(_draft(stream),))
+            won = (await store.append(wish)).won
+            version += 1
+            measured.took.append(time.perf_counter() - began)
+            if not won:
+                raise RuntimeError(f"stream {stream} has another writer")
+
+    await asyncio.gather(*(one() for _ in range(tasks)))
+    measured.seconds = time.perf_counter() - start
+    database.close()
+    return measured
+
+
+def floor(url: str, log: str, ready: Any, results: Any, seconds: float) -> None:
+    """A bare driver, one event after the other, each with its own commit."""
+    database = Database(url)
+    raw = database.engine.raw_connection()
+    measured, stream, version = Measured(), _name(), 0
+    ready.wait()
+    start = time.perf_counter()
+    while (began := time.perf_counter()) - start < seconds:
+        version += 1
+        _append_bare(raw, database.engine.dialect.name, log, _draft(stream), version)
+        measured.took.append(time.perf_counter() - began)
+    measured.seconds = time.perf_counter() - start
+    raw.close()
+    database.close()
+    results.put(measured)
+
+
+def _append_bare(raw: Any, dialect: str, log: str, draft: Draft, version: int) -> None:
+    sqlite, cursor, now = dialect == "sqlite", raw.cursor(), _now()
+
+    def run(sql: str, values: Sequence[Any] = ()) -> Any:
+        cursor.execute(sql if sqlite else sql.replace("?", "%s"), values)
+        return cursor
+
+    if sqlite:
+        run("BEGIN IMMEDIATE")
+        run("INSERT OR IGNORE INTO log_head (log_id, size, peaks) VALUES (?, 0, x'')", (log,))
+    else:
+        run("INSERT INTO log_head (log_id, size, peaks) VALUES (?, 0, '') ON CONFLICT DO NOTHING", (log,))
+    size, peaks = run(HEAD_SQL if sqlite else f"{HEAD_SQL} FOR UPDATE", (log,)).fetchone()
+    plain = draft.model_dump(mode="json") | {"log_id": log, "seq": size + 1, "version": version}
+    envelope = canonical(plain | {"recorded_at": now.isoformat()})
+    leaf = leaf_hash(envelope)
+    grown, nodes = extend(size, unpack(size, bytes(peaks)), [leaf])
+    run(
+        EVENT_SQL,
+        (
+            *(log, size + 1, draft.event_id, draft.stream, version, draft.type.value, draft.correlation_id),
+            *(int(now.timestamp() * 1_000_000), envelope, leaf.hex()),
+        ),
+    )
+    for node in nodes:
+        run(NODE_SQL, (log, node.level, node.index, node.hash))
+    run(GROW_SQL, (size + 1, pack(grown), log))
+    raw.commit()
+
+
+def killed(url: str, times: int, chance: random.Random) -> dict[str, Any]:
+    """Kill a writer in the middle of its work, again and again; what it was told is kept must be there."""
+    log, told = _name(), 0
+    FORKS.set_forkserver_preload([__name__])
+    for _ in range(times):
+        reader, writer = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=endless, args=(url, log, writer))
+        process.start()
+        writer.close()
+        for _ in range(chance.randrange(1, 60)):
+            reader.recv()
+            told += 1
+        process.kill()
+        process.join()
+        with suppress(EOFError):
+            while True:
+                reader.recv()
+                told += 1
+        reader.close()
+    return {"kills": times, "acknowledged": told, "kept": check(url, log, told), "gapless": True}
+
+
+def endless(url: str, log: str, told: Any) -> None:
+    """Append on sixteen tasks until killed, and tell of each append that was acknowledged."""
+    asyncio.run(_endless(url, log, told))
+
+
+async def _endless(url: str, log: str, told: Any) -> None:
+    store = LedgerStore(Database(url), _now)
+
+    async def one() -> None:
+        stream, version = _name(), 0
+        while True:
+            wish = Append(tenant=log, stream=stream, expected=version, drafts=(_draft(stream),))
+            await store.append(wish)
+            version += 1
+            told.send_bytes(b"\x80\x04N.")
+
+    await asyncio.gather(*(one() for _ in range(16)))
+
+
+def check(url: str, log: str, told: int) -> int:
+    """Assert that a log is whole and holds at least what was acknowledged; returns its size.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    database = Database(url)
+    with database.engine.connect() as link:
+        size, peaks = link.execute(select(HEAD.c.size, HEAD.c.peaks).where(HEAD.c.log_id == log)).one()
+        rows = link.execute(
+            select(EVENT.c.seq, EVENT.c.leaf_hash).where(EVENT.c.log_id == log).order_by(EVENT.c.seq)
+        ).all()
+        nodes = link.execute(select(func.count()).where(NODE.c.log_id == log)).scalar_one()
+    database.close()
+    grown, _ = extend(0, [], [bytes.fromhex(row.leaf_hash) for row in rows])
+    gapless = [row.seq for row in rows] == list(range(1, size + 1))
+    if not (gapless and nodes == node_count(size) and root_of(grown) == root_of(unpack(size, peaks))):
+        raise RuntimeError(f"log {log} of {size} events is not whole")
+    if size < told:
+        raise RuntimeError(f"log {log} lost {told - size} acknowledged events")
+    return int(size)
+
+
+def _draft(stream: str) -> Draft:
+    key = os.urandom(32).hex()
+    return Draft(
+        event_id=str(uuid.uuid4()),
+        stream=stream,
+        type=EventType.APPLY,
+        actor_kind="worker",
+        actor_ref="act",
+        correlation_id=stream,
+        body={"key": f"{key}.0", "digest": key, "action": 0, "attempt": 1},
+    )
+
+
+def _name() -> str:
+    return f"bench-{uuid.uuid4()}"
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
