@@ -8,11 +8,14 @@ commit fails is reported to all of its members as failed, and one in which a job
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -24,8 +27,20 @@ T = TypeVar("T")
 BATCH = 128
 BUSY_MILLISECONDS = 30_000
 
-Job = tuple[Callable[[Connection], Any], "Future[Any]"]
-Done = tuple["Future[Any]", Any, BaseException | None]
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    work: Callable[[Connection], Any]
+    future: Future[Any] | asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop | None
+    """Where the future lives, if it is asyncio's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    job: _Job
+    result: Any = None
+    failure: BaseException | None = None
 
 
 class Database:
@@ -34,20 +49,23 @@ class Database:
     def __init__(self, url: str) -> None:
         """Open nothing yet; the first use connects."""
         self.engine = _engine(url)
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._turns = _Turns(self.engine.url.database if self.engine.dialect.name == "sqlite" else None)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closed = False
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a durable transaction, together with what others queued; all or nothing for each."""
-        return await asyncio.wrap_future(self.submit(work))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        self._put(_Job(work, future, loop))
+        return await future
 
     def submit(self, work: Callable[[Connection], T]) -> Future[T]:
         """Queue `work` for the writer from any thread."""
-        self._start()
         future: Future[T] = Future()
-        self._jobs.put((work, future))
+        self._put(_Job(work, future, None))
         return future
 
     async def read(self, work: Callable[[Connection], T]) -> T:
@@ -66,15 +84,17 @@ class Database:
         if writer is not None:
             self._jobs.put(None)
             writer.join()
+        self._turns.close()
         self.engine.dispose()
 
-    def _start(self) -> None:
+    def _put(self, job: _Job) -> None:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the database is closed")
             if self._writer is None:
                 self._writer = threading.Thread(target=self._run, name="database-writer", daemon=True)
                 self._writer.start()
+            self._jobs.put(job)
 
     def _run(self) -> None:
         while (first := self._jobs.get()) is not None:
@@ -85,63 +105,115 @@ class Database:
                     last = job is None
                     if job is not None:
                         batch.append(job)
-            self._commit([job for job in batch if job[1].set_running_or_notify_cancel()])
+            self._commit([job for job in batch if _is_wanted(job)])
             if last:
                 return
 
-    def _commit(self, batch: list[Job]) -> None:
-        done: list[Done] = []
+    def _commit(self, batch: list[_Job]) -> None:
         try:
-            try:
-                done = self._together(batch)
-            except _OneFailed:
-                done = self._apart(batch)
+            with self._turns:
+                try:
+                    done = self._together(batch)
+                except _OneFailed:
+                    done = self._apart(batch)
         except BaseException as error:
-            done = [(future, None, error) for _, future in batch]
-        for future, result, failure in done:
-            if failure is None:
-                future.set_result(result)
-            else:
-                future.set_exception(failure)
+            done = [_Done(job, failure=error) for job in batch]
+        _deliver(done)
 
-    def _together(self, batch: list[Job]) -> list[Done]:
+    def _together(self, batch: list[_Job]) -> list[_Done]:
         """All jobs in one transaction; savepoints cost more than the jobs do, and are seldom needed."""
         with self.engine.begin() as connection:
-            done: list[Done] = []
-            for work, future in batch:
+            done: list[_Done] = []
+            for job in batch:
                 try:
-                    done.append((future, work(connection), None))
+                    done.append(_Done(job, job.work(connection)))
                 except Exception as error:
                     if len(batch) == 1:
                         raise
                     raise _OneFailed from error
         return done
 
-    def _apart(self, batch: list[Job]) -> list[Done]:
+    def _apart(self, batch: list[_Job]) -> list[_Done]:
         """The same, so that a job that fails leaves the others alone."""
         with self.engine.begin() as connection:
-            return [(future, *_attempt(connection, work)) for work, future in batch]
+            return [_attempt(connection, job) for job in batch]
 
 
 class _OneFailed(Exception):
     """A job of a batch failed; nothing of the batch was kept."""
 
 
-def _attempt(connection: Connection, work: Callable[[Connection], Any]) -> tuple[Any, BaseException | None]:
+def _attempt(connection: Connection, job: _Job) -> _Done:
     """Run one job in a savepoint, so that its failure does not undo its neighbours."""
     savepoint = connection.begin_nested()
     try:
-        result = work(connection)
+        result = job.work(connection)
         savepoint.commit()
     except DBAPIError as error:
         if error.connection_invalidated:
             raise
         savepoint.rollback()
-        return None, error
+        return _Done(job, failure=error)
     except Exception as error:
         savepoint.rollback()
-        return None, error
-    return result, None
+        return _Done(job, failure=error)
+    return _Done(job, result)
+
+
+def _is_wanted(job: _Job) -> bool:
+    future = job.future
+    return future.set_running_or_notify_cancel() if isinstance(future, Future) else not future.cancelled()
+
+
+def _deliver(done: list[_Done]) -> None:
+    """Hand results over; waking a loop once per batch and not once per job saves much of a batch's time."""
+    for loop in {one.job.loop for one in done}:
+        part = [one for one in done if one.job.loop is loop]
+        if loop is None:
+            _settle(part)
+        else:
+            # A loop that was closed has nobody who waits.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_settle, part)
+
+
+def _settle(done: list[_Done]) -> None:
+    for one in done:
+        if one.job.future.done():
+            continue
+        if one.failure is None:
+            one.job.future.set_result(one.result)
+        else:
+            one.job.future.set_exception(one.failure)
+
+
+class _Turns:
+    """Processes that write to one SQLite file take turns by a lock that wakes whoever waits.
+
+    SQLite itself only tries again after longer and longer naps, so that a busy process starves the others.
+    It stays correct without: the lock file is a courtesy among our own processes.
+    """
+
+    def __init__(self, database: str | None) -> None:
+        self._path = f"{database}-turns" if database and database != ":memory:" else None
+        self._file: int | None = None
+
+    def __enter__(self) -> None:
+        if self._path is None:
+            return
+        if self._file is None:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
 
 def to_micros(moment: datetime) -> int:
