@@ -6,16 +6,16 @@ counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, cast
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import AwareDatetime, Field, StringConstraints, ValidationError
 
-from models.canonical import Digest
+from models.canonical import Digest, sha256
 from models.ledger import Entry, EventType
-from models.loop import Frozen, GateRule, Intent, Name, Ref, Reversibility
+from models.loop import Assurance, Frozen, GateRule, Intent, Name, Ref, Reversibility
 
 
 class Kind(StrEnum):
@@ -27,13 +27,7 @@ class Kind(StrEnum):
     DELEGATE = "delegate"
 
 
-class Assurance(StrEnum):
-    """How surely we know who answered."""
-
-    CLAIMED = "claimed"
-    PRINCIPAL = "principal"
-    SIGNED = "signed"
-
+LEVELS = tuple(Assurance)
 
 Person = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
 """How somebody is called; never blank, or nobody could answer for them."""
@@ -49,6 +43,28 @@ class Answer(Frozen):
     to: Person | None = None
     """For delegate: who should answer instead."""
     role: Name | None = None
+    nonce: str | None = Field(default=None, pattern=r"^[0-9a-f]{16,64}$")
+    issued_at: AwareDatetime | None = None
+    expires_at: AwareDatetime | None = None
+    signature: str | None = Field(default=None, max_length=4000)
+    """Of the statement that these fields make, by `ssh-keygen -Y sign`."""
+
+
+class Identity(Frozen):
+    """Who answered, as far as it could be established."""
+
+    assurance: Assurance = Assurance.CLAIMED
+    roles: tuple[Name, ...] | None = None
+    """The roles they have; `None` when no people are configured, and any may be claimed."""
+    key: str | None = None
+    """Fingerprint of the key that signed."""
+    field: str = ""
+    remedy: str = ""
+    """Why the answer cannot count, whatever it says."""
+
+
+ANYBODY = Identity()
+"""Who answers where no people are configured."""
 
 
 class Verdict(Frozen):
@@ -61,6 +77,13 @@ class Verdict(Frozen):
     comment: Ref | None = None
     to: str | None = None
     role: Name | None = None
+    key: str | None = None
+    nonce: str | None = None
+    issued_at: AwareDatetime | None = None
+    expires_at: AwareDatetime | None = None
+    signature: str | None = None
+    comment_sha256: Digest | None = None
+    """With the fields above, what was signed can be put together and checked again."""
 
 
 class Refusal(Frozen):
@@ -131,6 +154,7 @@ def judge(
     counted: Iterable[Verdict],
     closes_at: datetime,
     now: datetime,
+    identity: Identity = ANYBODY,
 ) -> Verdict | Refusal:
     """Decide whether an answer counts towards the intent named by `digest`."""
 
@@ -143,8 +167,8 @@ def judge(
         )
     if now > closes_at:
         return refuse("digest", f"the intent expired at {closes_at.isoformat()}; start the request again")
-    if intent.gate.roles and kind is Kind.APPROVE and answer.role not in intent.gate.roles:
-        return refuse("role", f"answer with one of the roles {', '.join(intent.gate.roles)}")
+    if (fault := _unfit(kind, answer, intent.gate, identity)) is not None:
+        return refuse(*fault)
     verdicts = tuple(counted)
     if standing(intent, verdicts) is not Standing.WAITING:
         return refuse("digest", "a verdict on it has already counted; nothing more is needed")
@@ -159,9 +183,41 @@ def judge(
         kind=kind,
         digest=digest,
         approver=answer.approver,
+        assurance=identity.assurance,
         to=answer.to,
         role=answer.role,
+        key=identity.key,
+        **_signed_parts(answer, identity),
     )
+
+
+def _unfit(kind: Kind, answer: Answer, rule: GateRule, identity: Identity) -> tuple[str, str] | None:
+    """Field and remedy when this person, so known, may not give this answer."""
+    if identity.remedy:
+        return identity.field, identity.remedy
+    if answer.role is not None and identity.roles is not None and answer.role not in identity.roles:
+        return "role", f"you have the roles {', '.join(identity.roles) or 'none'}; answer in one of them"
+    if LEVELS.index(identity.assurance) < LEVELS.index(rule.assurance):
+        return "signature", f"policy wants a {rule.assurance} answer; use --sign KEY"
+    if rule.roles and kind is Kind.APPROVE and answer.role not in rule.roles:
+        return "role", f"answer with one of the roles {', '.join(rule.roles)}"
+    return None
+
+
+def _sure_enough(verdict: Verdict, rule: GateRule) -> bool:
+    return LEVELS.index(verdict.assurance) >= LEVELS.index(rule.assurance)
+
+
+def _signed_parts(answer: Answer, identity: Identity) -> dict[str, Any]:
+    if identity.assurance is not Assurance.SIGNED:
+        return {}
+    return {
+        "nonce": answer.nonce,
+        "issued_at": answer.issued_at,
+        "expires_at": answer.expires_at,
+        "signature": answer.signature,
+        "comment_sha256": sha256(answer.comment.encode()),
+    }
 
 
 def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
@@ -174,7 +230,7 @@ def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
             return Standing.REJECTED
         if verdict.kind is Kind.REVISE:
             return Standing.REVISED
-        if verdict.kind is Kind.APPROVE:
+        if verdict.kind is Kind.APPROVE and _sure_enough(verdict, intent.gate):
             approvals[verdict.approver.casefold()] = verdict.role
             if _sufficient(intent.gate, approvals):
                 return Standing.PASSED
@@ -216,10 +272,21 @@ def counted_verdicts(entries: Iterable[Entry], digest: str) -> tuple[Verdict, ..
     return tuple(Verdict.model_validate(body) for body in bodies if body.get("digest") == digest)
 
 
-def may_act(entries: Sequence[Entry], intent: Intent, digest: str, now: datetime) -> str | None:
+def may_act(
+    entries: Sequence[Entry],
+    intent: Intent,
+    digest: str,
+    now: datetime,
+    doubt: Callable[[Verdict], str | None] = lambda verdict: None,
+) -> str | None:
     """Why an effect of this intent may not happen now; `None` if it may. For the worker that acts.
 
-    `entries` is the whole stream of the run, in order; `digest` names the bytes `intent` was read from.
+    Args:
+        entries: the whole stream of the run, in order.
+        intent: read from the bytes that `digest` names.
+        digest: what was approved.
+        now: the time.
+        doubt: why an approval is not believed any more: a key that was revoked, a role that was taken away.
     """
     logged = [entry for entry in entries if entry.type is EventType.INTENT]
     if not logged or all(entry.body.get("digest") != digest for entry in logged):
@@ -234,8 +301,13 @@ def may_act(entries: Sequence[Entry], intent: Intent, digest: str, now: datetime
         return "the intent expired, drifted or is being taken back"
     if intent.proposal.not_before is not None and now < intent.proposal.not_before:
         return f"it may not happen before {intent.proposal.not_before.isoformat()}"
-    now_stands = standing(intent, counted_verdicts(entries, digest))
-    return None if now_stands is Standing.PASSED else f"the gate says {now_stands}"
+    verdicts = counted_verdicts(entries, digest)
+    doubts = [why for verdict in verdicts if verdict.kind is Kind.APPROVE and (why := doubt(verdict))]
+    believed = [verdict for verdict in verdicts if verdict.kind is not Kind.APPROVE or not doubt(verdict)]
+    now_stands = standing(intent, believed)
+    if now_stands is Standing.PASSED:
+        return None
+    return "; ".join([f"the gate says {now_stands}", *doubts])
 
 
 def may_undo(entries: Sequence[Entry], digest: str, action: int) -> str | None:

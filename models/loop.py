@@ -134,6 +134,17 @@ class Plan(Frozen):
     cost: Cost = Cost()
 
 
+class Assurance(StrEnum):
+    """How surely we know who answered, weakest first."""
+
+    CLAIMED = "claimed"
+    """A name that was given."""
+    PRINCIPAL = "principal"
+    """What the Temporal server knows of the sender."""
+    SIGNED = "signed"
+    """A signature over the exact answer, by a key that is theirs."""
+
+
 class GateRule(Frozen):
     """Which verdicts an intent needs."""
 
@@ -141,6 +152,8 @@ class GateRule(Frozen):
     approvals: int = Field(default=1, ge=1, le=20)
     roles: tuple[Name, ...] = ()
     """Roles that must each be covered by a different approver; empty means any person."""
+    assurance: Assurance = Assurance.CLAIMED
+    """How surely an approver must be known."""
     expire_seconds: int = Field(default=7 * 86400, ge=1)
     """From the first delivery."""
     absolute_seconds: int = Field(default=30 * 86400, ge=1)

@@ -8,7 +8,8 @@ from enum import StrEnum
 from pydantic import AwareDatetime, Field
 
 from models.canonical import Digest
-from models.inference import Call, Route
+from models.gate import Answer, Kind
+from models.inference import Call, Grant, Route
 from models.ledger import Append, Entry
 from models.loop import (
     Cost,
@@ -58,6 +59,8 @@ class Admitted(Frozen):
     policy: AgentPolicy
     policy_digest: Digest
     pace: Pace = Pace()
+    people: bool = False
+    """People are configured, so that every answer's giver is established first."""
     entries: tuple[Entry, ...] = ()
     intent: Intent | None = None
     """The last intent of the stream, as it was bound."""
@@ -68,6 +71,14 @@ class Admitted(Frozen):
     """How another run with the same request key ended."""
     refusal: str = ""
     """Why this request cannot run: its key was used for another body."""
+
+
+class Identification(Frozen):
+    """An answer whose giver is to be established."""
+
+    tenant: Name
+    kind: Kind
+    answer: Answer
 
 
 class Presentation(Frozen):
@@ -122,6 +133,7 @@ class Routed(Frozen):
     route: Route
     queues: tuple[str, ...]
     estimated: Cost = Cost()
+    grant: Grant = Grant()
 
 
 class Fell(Frozen):
@@ -134,6 +146,8 @@ class Fell(Frozen):
     tier: Name
     to: Name | None
     reason: str
+    kind: str = ""
+    """The type of the error; a hint to the router, which reads no texts."""
 
 
 class PlanOrder(Frozen):

@@ -8,10 +8,25 @@ from typing import Any
 
 from temporalio import workflow
 
-from models.gate import Answer, Judged, Kind, Refusal, Standing, Verdict, is_automatic, judge, read_message
+from activities.approvals import Approvals
+from models.gate import (
+    ANYBODY,
+    Answer,
+    Identity,
+    Judged,
+    Kind,
+    Refusal,
+    Standing,
+    Verdict,
+    is_automatic,
+    judge,
+    read_message,
+)
 from models.ledger import EventType
 from models.loop import Intent
+from models.orders import Identification
 from workflows.journal import Journal
+from workflows.policies import book
 
 
 class Approval:
@@ -32,10 +47,11 @@ class Approval:
         await workflow.wait_condition(lambda: self._journal.is_open or self._closed)
         if self._closed:
             return Judged(counted=False, state="closed", field="input", remedy="this run was not admitted")
+        identity = await self._identity(kind, message)
         async with self._journal.writing():
-            ruling = self._judge(kind, message)
+            ruling = self._judge(kind, message, identity)
             while not await self._record(ruling, message):
-                ruling = self._judge(kind, message)
+                ruling = self._judge(kind, message, identity)
         return self._reply(ruling)
 
     async def wait(self) -> Standing:
@@ -107,7 +123,14 @@ class Approval:
         every = timedelta(seconds=intent.gate.remind_seconds)
         return self._journal.shown_at + every * (self._journal.progress.reminders + 1)
 
-    def _judge(self, kind: Kind, message: Answer | Refusal) -> Verdict | Refusal:
+    async def _identity(self, kind: Kind, message: Answer | Refusal) -> Identity:
+        admitted = self._journal.admitted
+        if isinstance(message, Refusal) or not admitted.people:
+            return ANYBODY
+        wanted = Identification(tenant=self._journal.request.tenant, kind=kind, answer=message)
+        return await book(Approvals.identify, wanted, f"who is {message.approver[:60]}")
+
+    def _judge(self, kind: Kind, message: Answer | Refusal, identity: Identity) -> Verdict | Refusal:
         if isinstance(message, Refusal):
             return message
         journal = self._journal
@@ -129,6 +152,7 @@ class Approval:
             progress.verdicts,
             self._closes_at(intent),
             workflow.now(),
+            identity,
         )
 
     async def _record(self, ruling: Verdict | Refusal, message: Answer | Refusal) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -37,7 +37,7 @@ from models.errors import (
     PreconditionLost,
     UnknownName,
 )
-from models.gate import may_act, may_undo
+from models.gate import Verdict, may_act, may_undo
 from models.ledger import Draft, EventType, act_stream
 from models.loop import Action, Intent, Plan, Receipt, action_key
 from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
@@ -71,8 +71,19 @@ class Actor:
         policy: Policy,
         attempt: timedelta,
         clock: Clock,
+        doubt: Callable[[str, Verdict], str | None] = lambda tenant, verdict: None,
     ) -> None:
-        """`attempt` is how long one attempt may go on before it may no longer send."""
+        """Take what it works with.
+
+        Args:
+            database: ledger, content and reservations.
+            connectors: targets by name.
+            policy: what agents may do.
+            attempt: how long one attempt may go on before it may no longer send.
+            clock: the time.
+            doubt: why a recorded verdict of a tenant is not believed any more.
+        """
+        self._doubt = doubt
         self._database = database
         self._content = ContentStore(database)
         self._connectors = connectors
@@ -203,7 +214,7 @@ class Actor:
         except (InvalidInput, PolicyDenied) as error:
             return _refused(link, order, undo, error.message, now)
         _wait_for_clock(job, now)
-        reason = _refusal(link, job, undo, now)
+        reason = _refusal(link, job, undo, now, self._doubt)
         if reason is not None:
             return _refused(link, order, undo, reason, now)
         # Once an attempt was made its end must be found out, whatever policy says by now.
@@ -218,7 +229,7 @@ class Actor:
         job, now = self._read(link, order, undo=False), self._clock()
         hold = look(link, job.who, now)
         # A key that nobody tried may only be closed by a run that was allowed to use it.
-        if hold is None and (reason := _refusal(link, job, False, now)) is not None:
+        if hold is None and (reason := _refusal(link, job, False, now, self._doubt)) is not None:
             return _refused(link, order, False, reason, now)
         return replace(job, hold=hold)
 
@@ -318,7 +329,13 @@ class Actor:
         return Effect(what=Effected.DRIFTED, reason=reason[:300])
 
 
-def _refusal(link: Connection, job: _Job, undo: bool, now: datetime) -> str | None:
+def _refusal(
+    link: Connection,
+    job: _Job,
+    undo: bool,
+    now: datetime,
+    doubt: Callable[[str, Verdict], str | None],
+) -> str | None:
     entries = entries_in(link, job.order.tenant, job.order.workflow_id)
     if undo:
         key = action_key(job.order.digest, job.order.action)
@@ -326,7 +343,8 @@ def _refusal(link: Connection, job: _Job, undo: bool, now: datetime) -> str | No
         return may_undo(entries, job.order.digest, job.order.action) or (
             None if applied else "it has no receipt; only what was applied can be taken back"
         )
-    return may_act(entries, job.intent, job.order.digest, now)
+    tenant = job.order.tenant
+    return may_act(entries, job.intent, job.order.digest, now, lambda verdict: doubt(tenant, verdict))
 
 
 def _intent(data: bytes, digest: str) -> Intent:

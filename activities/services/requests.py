@@ -14,6 +14,7 @@ from activities.services.ledger_store import append_in, entries_in
 from activities.services.memory_store import keep
 from models.ledger import Append, Appended, Draft, Entry, EventType, event_id
 from models.loop import Intent, Outcome, Proposal, Ref, Request
+from models.memory import Cause
 from models.orders import Admission, Admitted, Conclusion, Pace
 from models.policy import Policy, policy_digest
 from models.tables import Claim, table
@@ -35,8 +36,16 @@ class _Start:
 class Requests:
     """Admits runs and concludes them."""
 
-    def __init__(self, database: Database, policy: Policy, pace: Pace, clock: Callable[[], datetime]) -> None:
-        """Policy and pace are handed to each run when it starts."""
+    def __init__(
+        self,
+        database: Database,
+        policy: Policy,
+        pace: Pace,
+        clock: Callable[[], datetime],
+        people: bool = False,
+    ) -> None:
+        """Policy, pace and whether people are configured are handed to each run when it starts."""
+        self._people = people
         self._database = database
         self._policy = policy
         self._pace = pace
@@ -55,6 +64,7 @@ class Requests:
             policy=policy,
             policy_digest=policy_digest(policy),
             pace=self._pace,
+            people=self._people,
             entries=start.entries,
             intent=start.intent,
             proposal=start.proposal,
@@ -143,8 +153,9 @@ def _conclude(connection: Connection, conclusion: Conclusion, now: datetime) -> 
             .where(_is(request.tenant, request.agent, request.key))
             .values(outcome=conclusion.outcome.model_dump_json())
         )
+        cause = Cause(event=conclusion.append.drafts[-1].event_id, run=conclusion.append.stream)
         for memo in conclusion.memos:
-            keep(connection, memo, now)
+            keep(connection, memo, now, cause)
     return appended
 
 

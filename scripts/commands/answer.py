@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+import secrets
+import subprocess
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.service import RPCError, RPCStatusCode
 
+from activities.services.identities import statement_of
 from models.canonical import derived_id
 from models.card import visible
 from models.errors import InvalidInput, Unavailable
-from models.gate import Judged, Kind, Refusal, read_message
+from models.gate import Answer, Judged, Kind, Refusal, read_message
 from models.ledger import Draft, EventType
+from models.people import NAMESPACE
 from models.settings import Settings
 from scripts.commands.session import Json, Run, Session, console, on_terminal, opened, reach, said
 from scripts.commands.show import Reading, print_card, read_run, unknown
@@ -23,6 +28,8 @@ from temporal.client import answer
 from workers import config
 
 PATIENCE = timedelta(seconds=30)
+SIGNED_FOR = timedelta(minutes=10)
+"""How long a signed answer counts before it reaches the run."""
 
 Digest = Annotated[
     str | None,
@@ -33,6 +40,9 @@ As = Annotated[
     typer.Option("--as", help="Who you are; default: approver in countersign.toml. Never guessed."),
 ]
 Role = Annotated[str | None, typer.Option(help="The role you answer in, where the gate asks for roles.")]
+Sign = Annotated[
+    Path | None, typer.Option(help="SSH private key to sign the answer with; policy may ask for it.")
+]
 Comment = Annotated[str, typer.Option(help="Your words; they stand in the ledger.")]
 
 
@@ -42,10 +52,11 @@ def approve(
     as_: As = None,
     comment: Comment = "",
     role: Role = None,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Approve the waiting intent."""
-    _give(Kind.APPROVE, run, as_, as_json, digest=digest, comment=comment, role=role)
+    _give(Kind.APPROVE, run, as_, as_json, digest=digest, comment=comment, role=role, sign=sign)
 
 
 def reject(
@@ -54,10 +65,11 @@ def reject(
     as_: As = None,
     comment: Comment = "",
     role: Role = None,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """End the run without an effect."""
-    _give(Kind.REJECT, run, as_, as_json, digest=digest, comment=comment, role=role)
+    _give(Kind.REJECT, run, as_, as_json, digest=digest, comment=comment, role=role, sign=sign)
 
 
 def revise(
@@ -66,10 +78,11 @@ def revise(
     digest: Digest = None,
     as_: As = None,
     role: Role = None,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Send the proposal back with feedback."""
-    _give(Kind.REVISE, run, as_, as_json, digest=digest, comment=comment, role=role)
+    _give(Kind.REVISE, run, as_, as_json, digest=digest, comment=comment, role=role, sign=sign)
 
 
 def delegate(
@@ -79,10 +92,11 @@ def delegate(
     as_: As = None,
     comment: Comment = "",
     role: Role = None,
+    sign: Sign = None,
     as_json: Json = False,
 ) -> None:
     """Hand the question on to somebody else."""
-    _give(Kind.DELEGATE, run, as_, as_json, digest=digest, comment=comment, role=role, to=to)
+    _give(Kind.DELEGATE, run, as_, as_json, digest=digest, comment=comment, role=role, to=to, sign=sign)
 
 
 def identity(settings: Settings, named: str | None) -> str:
@@ -99,11 +113,39 @@ def identity(settings: Settings, named: str | None) -> str:
     return who
 
 
-def _give(kind: Kind, run: str, as_: str | None, as_json: bool, **given: str | None) -> None:
+async def signed(tenant: str, kind: Kind, message: dict[str, Any], key: Path) -> dict[str, Any]:
+    """The answer with a signature by `ssh-keygen`, which asks for the key's passphrase itself.
+
+    Raises:
+        InvalidInput: ssh-keygen cannot sign with that key.
+    """
+    now = datetime.now(UTC)
+    times = {"issued_at": now.isoformat(), "expires_at": (now + SIGNED_FOR).isoformat()}
+    message = message | times | {"nonce": secrets.token_hex(16)}
+    statement = statement_of(tenant, kind, Answer.model_validate(message))
+    if statement is None:
+        raise InvalidInput.field("--sign", str(key), "the answer cannot be signed; check --as and --digest")
+    command = ["ssh-keygen", "-q", "-Y", "sign", "-n", NAMESPACE, "-f", str(key)]
+    try:
+        made = await asyncio.to_thread(
+            subprocess.run, command, input=statement.bytes(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    except FileNotFoundError:
+        raise InvalidInput.field(
+            "--sign", str(key), "install OpenSSH; ssh-keygen signs"
+        ) from None
+    if made.returncode != 0:
+        raise InvalidInput.field("--sign", str(key), made.stderr.decode(errors="replace").strip()[:200])
+    return message | {"signature": made.stdout.decode()}
+
+
+def _give(
+    kind: Kind, run: str, as_: str | None, as_json: bool, sign: Path | None, **given: str | None
+) -> None:
     settings = config.load()
     message: dict[str, Any] = {name: value for name, value in given.items() if value}
     message["approver"] = identity(settings, as_)
-    judged = asyncio.run(_answer(settings, kind, run, message, as_json))
+    judged = asyncio.run(_answer(settings, kind, run, message, as_json, sign))
     if as_json:
         said(judged.model_dump(mode="json"))
     elif judged.counted:
@@ -114,11 +156,20 @@ def _give(kind: Kind, run: str, as_: str | None, as_json: bool, **given: str | N
         raise Refused(f"not counted: {judged.field}: {judged.remedy}")
 
 
-async def _answer(settings: Settings, kind: Kind, run: str, message: dict[str, Any], quiet: bool) -> Judged:
+async def _answer(
+    settings: Settings,
+    kind: Kind,
+    run: str,
+    message: dict[str, Any],
+    quiet: bool,
+    sign: Path | None,
+) -> Judged:
     async with opened(settings) as session:
         reading = await read_run(session, run) if await session.events(run) else None
         message = message | {"digest": _digest(reading, kind, run, message.get("digest"), quiet)}
         _refuse_shape(kind, message)
+        if sign is not None:
+            message = await signed(settings.tenant, kind, message, sign)
         client = await reach(settings)
         try:
             return await answer(client, run, kind, message, PATIENCE)
