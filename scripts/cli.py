@@ -1,25 +1,33 @@
-"""The `countersign` command."""
+"""The `countersign` command. Each subcommand is loaded when it is asked for, so that none pays for all."""
 
 from __future__ import annotations
 
+import importlib
 import traceback
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from scripts.commands.agents import agents
-from scripts.commands.answer import approve, delegate, reject, revise
-from scripts.commands.demo import demo
-from scripts.commands.doctor import doctor
-from scripts.commands.ledger import ledger
-from scripts.commands.pending import pending
-from scripts.commands.schedules import schedules
-from scripts.commands.show import show
-from scripts.commands.start import start
-from scripts.commands.up import up
-from scripts.commands.worker import worker
 from scripts.exits import EXPLAINED, code_of, text_of
+
+PLACES = {
+    "up": "up",
+    "demo": "demo",
+    "doctor": "doctor",
+    "worker": "worker",
+    "start": "start",
+    "pending": "pending",
+    "show": "show",
+    "approve": "answer",
+    "reject": "answer",
+    "revise": "answer",
+    "delegate": "answer",
+    "agents": "agents",
+    "schedules": "schedules",
+    "ledger": "ledger",
+}
+"""Command to its module in `scripts/commands`, in the order of the help."""
 
 
 class Commands(TyperGroup):
@@ -38,6 +46,24 @@ class Commands(TyperGroup):
             typer.echo(text_of(error), err=True)
             raise typer.Exit(code_of(error)) from None
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Every command."""
+        return list(PLACES)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Load one command."""
+        if cmd_name not in PLACES:
+            return None
+        found = getattr(importlib.import_module(f"scripts.commands.{PLACES[cmd_name]}"), cmd_name)
+        if isinstance(found, typer.Typer):
+            command: Any = typer.main.get_group(found)
+        else:
+            holder = typer.Typer(add_completion=False)
+            holder.command(cmd_name, epilog=EXPLAINED)(found)
+            command = typer.main.get_command(holder)
+        command.name = cmd_name
+        return command
+
 
 app = typer.Typer(
     cls=Commands,
@@ -54,12 +80,6 @@ def countersign(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
 ) -> None:
     """Agents propose, people countersign, Temporal carries it out exactly once."""
-
-
-for command in (up, demo, doctor, worker, start, pending, show, approve, reject, revise, delegate, agents):
-    app.command(epilog=EXPLAINED)(command)
-app.add_typer(schedules, name="schedules", epilog=EXPLAINED)
-app.add_typer(ledger, name="ledger", epilog=EXPLAINED)
 
 
 def main() -> None:

@@ -95,7 +95,8 @@ def test_a_bad_brief_is_refused_before_anything_is_kept(
 def test_an_unknown_agent_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     result = run(offline(tmp_path), "start", "contend", "-", stdin=b"x")
     assert result.exit_code == Exit.REFUSED
-    assert "agent: 'contend' is not known; known agents: content, external" in result.stderr
+    assert "agent: 'contend' is not known; known agents: " in result.stderr
+    assert "content" in result.stderr
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -280,9 +280,15 @@ def told(event: Event) -> str:
 
 
 def _stop_on_terminate() -> None:
-    task = asyncio.current_task()
-    if task is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    task, asked = asyncio.current_task(), asyncio.Event()
+
+    def stop() -> None:
+        # Only once: a second cancel would interrupt the orderly stop, which has limits of its own.
+        if task is not None and not asked.is_set():
+            asked.set()
+            task.cancel()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
 
 
 async def _person(settings: Settings, out: Console) -> Person:

@@ -18,7 +18,7 @@ from workers import config
 
 FOLLOW_SECONDS = 0.5
 ALL = 2**31
-ledger = typer.Typer(no_args_is_help=True, help="Read what stands in the ledger.")
+ledger = typer.Typer(no_args_is_help=True, epilog=EXPLAINED, help="Read what stands in the ledger.")
 SHOWN = (
     "agent",
     "status",

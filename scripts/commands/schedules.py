@@ -18,7 +18,12 @@ from workers import config, registry
 
 T = TypeVar("T")
 Named = Annotated[str, typer.Argument(metavar="NAME", help="The schedule's name in the settings.")]
-schedules = typer.Typer(no_args_is_help=True, help="Temporal schedules from countersign.toml.")
+schedules = typer.Typer(
+    no_args_is_help=True,
+    epilog=EXPLAINED,
+    add_completion=False,
+    help="Temporal schedules from countersign.toml.",
+)
 
 
 @schedules.command(epilog=EXPLAINED)

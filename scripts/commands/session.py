@@ -8,13 +8,13 @@ import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from sqlalchemy import make_url
-from temporalio.client import Client
 
 from activities.services.content import ContentStore
 from activities.services.database import Database
@@ -23,8 +23,9 @@ from activities.services.requests import Requests
 from models.errors import Unavailable
 from models.ledger import Event
 from models.settings import Settings
-from temporal.client import connect
-from workers.compose import utc_now
+
+if TYPE_CHECKING:
+    from temporalio.client import Client
 
 CONNECT_SECONDS = 10.0
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
@@ -63,6 +64,11 @@ class Session:
         return await self.ledger.of_run(self.tenant, run)
 
 
+def utc_now() -> datetime:
+    """The time, aware."""
+    return datetime.now(UTC)
+
+
 @asynccontextmanager
 async def opened(settings: Settings) -> AsyncGenerator[Session]:
     """The database, if there is one.
@@ -89,6 +95,8 @@ async def reach(settings: Settings) -> Client:
     Raises:
         Unavailable: it does not answer.
     """
+    from temporal.client import connect
+
     try:
         return await asyncio.wait_for(connect(settings.temporal), CONNECT_SECONDS)
     except (RuntimeError, TimeoutError):
