@@ -177,7 +177,7 @@ class Drafting:
         tokens = estimated_tokens(brief)
         return BriefHead(
             brief=await self._store.put(order.tenant, render_brief(brief), MARKDOWN),
-            query=await self._store.put(order.tenant, _query(brief).encode(), MARKDOWN),
+            query=await self._store.put(order.tenant, query_of(brief).encode(), MARKDOWN),
             title=brief.title,
             site=brief.target.site,
             slugs=slug_candidates(brief),
@@ -247,8 +247,8 @@ class Drafting:
         )
 
 
-def _query(brief: Brief) -> str:
-    # As close as can be to what is remembered of an article: its title, words and facts.
+def query_of(brief: Brief) -> str:
+    """What to search memory for: as close as can be to what is remembered of an article."""
     return f"# {brief.title}\n\n{brief.notes}\n\n{' '.join(brief.key_facts)}"[:4000]
 
 

@@ -16,6 +16,7 @@ from temporalio.client import Client
 from temporalio.worker import Worker
 
 from activities.actions import Actions
+from activities.calendar import Planning
 from activities.connectors.base import Connector
 from activities.connectors.git_site import GitSite
 from activities.connectors.null import Null
@@ -26,6 +27,7 @@ from activities.ledger import Ledger
 from activities.memory import Memory
 from activities.routing import Routing
 from activities.services.actor import Actor
+from activities.services.claims import Claims
 from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.indexing import keep_indexed
@@ -130,10 +132,12 @@ class _Composer:
         ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
         routing = Routing(Routes(settings.tiers, tasks, self._content, self._ledger))
+        sites = tuple(site.name for site in settings.sites)
+        planning = Planning(self._content, Claims(database), settings.content, sites)
         drafting = Drafting(
             self._content,
             settings.content,
-            tuple(site.name for site in settings.sites),
+            sites,
             settings.tiers[-1].tokens_per_second if settings.tiers else None,
         )
         external = External(self._content)
@@ -141,6 +145,7 @@ class _Composer:
             *(ledger.admit, ledger.record, ledger.present, ledger.conclude),
             *(routing.route, routing.fell, external.read_proposal),
             *(drafting.open_brief, drafting.assemble, drafting.compose),
+            *(planning.open_week, planning.gather, planning.choose),
             *self._parts.activities,
         ]
         agents = [*registry.agents(), *self._parts.agents, Unknown]

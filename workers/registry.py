@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import workflows.agents
 from models.agent import AgentSpec
+from models.calendar import calendar_task
 from models.drafting import content_tasks
 from models.errors import InvalidInput
 from models.inference import Task
@@ -29,7 +30,7 @@ def agents() -> tuple[type[Loop], ...]:
 
 def tasks(settings: Settings) -> dict[str, Task]:
     """What models can be asked, by name."""
-    return {task.name: task for task in content_tasks(settings.content)}
+    return {task.name: task for task in (*content_tasks(settings.content), calendar_task())}
 
 
 def _agents_of(name: str) -> list[type[Loop]]:
