@@ -1,0 +1,271 @@
+"""Signing what the log is: size and root, by a key of ours, handed to witnesses that we cannot make forget.
+
+A checkpoint is signed only if it continues the last one and whatever the witnesses hold; otherwise the
+database was rolled back or rewritten, and signing would hide it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Connection, select
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import DBAPIError
+
+from activities.services import merkle
+from activities.services.database import Database
+from activities.services.ledger_store import EVENT, HEAD, NODE
+from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
+from activities.services.witnesses import Witness
+from models.errors import ConnectorUnavailable, CountersignError, InvalidInput, LedgerBroken
+from models.tables import Checkpoint, table
+
+CHECKPOINT = table(Checkpoint)
+KEY_FILE = Path("keys") / "ledger.pem"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A checkpoint and where it is."""
+
+    note: str
+    size: int
+    key: NoteKey
+    kept_by: tuple[str, ...] = ()
+    missed_by: tuple[str, ...] = ()
+
+
+class Checkpoints:
+    """Signs the logs of one database."""
+
+    def __init__(
+        self, database: Database, private: Ed25519PrivateKey, origin: str, witnesses: Sequence[Witness] = ()
+    ) -> None:
+        """`origin` and the tenant name the log and its key; see `load_key`."""
+        self._database = database
+        self._private = private
+        self._origin = origin
+        self._witnesses = tuple(witnesses)
+
+    def key(self, tenant: str) -> NoteKey:
+        """What verifies this log's notes."""
+        public = self._private.public_key().public_bytes_raw()
+        return NoteKey(f"{self._origin}/{tenant}", public)
+
+    async def tenants(self) -> tuple[str, ...]:
+        """Whose logs there are."""
+        query = select(HEAD.c.log_id).order_by(HEAD.c.log_id)
+        return await self._database.read(lambda link: tuple(link.execute(query).scalars()))
+
+    async def write(self, tenant: str) -> Written | None:
+        """Sign the log as it stands and hand the note to every witness; `None` for an empty log.
+
+        Raises:
+            LedgerBroken: the log does not continue what was signed before.
+        """
+        key = self.key(tenant)
+        held, missed = await self._held(key)
+        for note in held.values():
+            await self._database.read(lambda link, note=note: continues(link, tenant, note))
+        made = await self._database.read(lambda link: self._sign(link, tenant, key))
+        if made is None:
+            return None
+        tree, note = made
+        await self._database.write(lambda link: _keep(link, tenant, tree, note, key))
+        kept = tuple([name for name in await self._send(note, held) if name not in missed])
+        missed = tuple(one.name for one in self._witnesses if one.name not in kept)
+        return Written(note, tree.size, key, kept, missed)
+
+    async def newest_witnessed(self, tenant: str) -> tuple[str, ...]:
+        """What the witnesses that answer hold of a log."""
+        held, _ = await self._held(self.key(tenant))
+        return tuple(held.values())
+
+    async def before_effect(self, tenant: str) -> None:
+        """Let the witnesses see the log before something happens that cannot be taken back.
+
+        Raises:
+            ConnectorUnavailable: one of them does not have it; nothing may happen yet.
+        """
+        written = await self.write(tenant)
+        if written is not None and written.missed_by:
+            missed = ", ".join(written.missed_by)
+            raise ConnectorUnavailable(
+                f"ledger.witnesses: {missed} has not the checkpoint; mend it, or take it out of the settings"
+            )
+
+    def _sign(self, link: Connection, tenant: str, key: NoteKey) -> tuple[Tree, str] | None:
+        last = last_note(link, tenant)
+        tree = tree_of(link, tenant, key.name)
+        if tree.size == 0:
+            return None
+        if last is not None:
+            continues(link, tenant, last)
+            if read_checkpoint(last) == tree and is_signed(last, [key]):
+                return tree, last
+        return tree, sign(checkpoint_text(tree), key, self._private)
+
+    async def _held(self, key: NoteKey) -> tuple[dict[str, str], tuple[str, ...]]:
+        """The newest note of each witness, and who does not answer."""
+        found, missed = dict[str, str](), list[str]()
+        for witness in self._witnesses:
+            try:
+                note = await witness.newest(key.name)
+            except (CountersignError, OSError) as error:
+                log.warning("witness %s does not answer: %s", witness.name, error)
+                missed.append(witness.name)
+                continue
+            if note is not None:
+                found[witness.name] = note
+        return found, tuple(missed)
+
+    async def _send(self, note: str, held: dict[str, str]) -> list[str]:
+        kept = list[str]()
+        for witness in self._witnesses:
+            try:
+                if held.get(witness.name) != note:
+                    await witness.keep(note)
+            except (CountersignError, OSError) as error:
+                log.warning("witness %s did not take the checkpoint: %s", witness.name, error)
+                continue
+            kept.append(witness.name)
+        return kept
+
+
+async def keep_signing(checkpoints: Checkpoints, seconds: float, stop: asyncio.Event) -> None:
+    """Write a checkpoint of every log each `seconds`, until stopped, and once more then."""
+    log.info("ledger: a checkpoint every %s seconds; later events are not yet witnessed", seconds)
+    while True:
+        await _all(checkpoints)
+        if stop.is_set():
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), seconds)
+
+
+async def _all(checkpoints: Checkpoints) -> None:
+    try:
+        for tenant in await checkpoints.tenants():
+            await checkpoints.write(tenant)
+    except LedgerBroken as error:
+        log.error("%s", error.message)
+    except DBAPIError as error:
+        log.warning("no checkpoint: %s", error)
+
+
+def load_key(data: Path) -> Ed25519PrivateKey:
+    """The signing key of this installation; made on first use, readable by its owner only.
+
+    Raises:
+        InvalidInput: others may read it, or it is no Ed25519 key.
+    """
+    path = data / KEY_FILE
+    if not path.exists():
+        _make_key(path)
+    if path.stat().st_mode & 0o077:
+        raise InvalidInput.field("key", str(path), "others can read it; make a new one, or chmod 600 it")
+    private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(private, Ed25519PrivateKey):
+        raise InvalidInput.field("key", str(path), "it is no Ed25519 key; move it away to get a new one")
+    return private
+
+
+def tree_of(link: Connection, tenant: str, origin: str) -> Tree:
+    """The log as its head says it stands."""
+    row = link.execute(select(HEAD.c.size, HEAD.c.peaks).where(HEAD.c.log_id == tenant)).first()
+    size, peaks = (0, b"") if row is None else (row.size, row.peaks)
+    try:
+        return Tree(origin, size, merkle.root_of(merkle.unpack(size, peaks)))
+    except ValueError as error:
+        raise LedgerBroken(f"the head of log {tenant}: {error}; restore the database") from None
+
+
+def last_note(link: Connection, tenant: str) -> str | None:
+    """The newest checkpoint in the database."""
+    mine = CHECKPOINT.c.log_id == tenant
+    query = select(CHECKPOINT.c.note).where(mine).order_by(CHECKPOINT.c.size.desc()).limit(1)
+    return link.execute(query).scalar_one_or_none()
+
+
+def continues(link: Connection, tenant: str, note: str) -> None:
+    """Check that the log as it stands begins with what a note says.
+
+    Raises:
+        LedgerBroken: it does not.
+    """
+    old = read_checkpoint(note)
+    now = tree_of(link, tenant, old.origin)
+    if old.size > now.size:
+        raise LedgerBroken(
+            f"log {tenant} has {now.size} events, {old.size} were signed; it was cut: stop all workers, "
+            "restore the database"
+        )
+    path = merkle.consistency_proof(old.size, now.size, subtrees(link, tenant)) if old.size else []
+    if old.size and not merkle.is_consistent(old.size, old.root, now.size, now.root, path):
+        raise LedgerBroken(
+            f"log {tenant} does not continue the {old.size} events that were signed; "
+            "`countersign ledger verify` says where; stop all workers, restore the database"
+        )
+
+
+def subtrees(link: Connection, tenant: str) -> merkle.Subtree:
+    """Look complete subtrees up, leaves included."""
+
+    def leaf(index: int) -> bytes | None:
+        mine = (EVENT.c.log_id == tenant) & (EVENT.c.seq == index + 1)
+        found = link.execute(select(EVENT.c.leaf_hash).where(mine)).scalar_one_or_none()
+        return None if found is None else bytes.fromhex(found)
+
+    def node(level: int, index: int) -> bytes | None:
+        mine = (NODE.c.log_id == tenant) & (NODE.c.level == level) & (NODE.c.idx == index)
+        return link.execute(select(NODE.c.hash).where(mine)).scalar_one_or_none()
+
+    def subtree(level: int, index: int) -> bytes:
+        found = node(level, index) if level else leaf(index)
+        if found is None:
+            raise LedgerBroken(f"log {tenant} lacks subtree {level}/{index}; restore the database")
+        return bytes(found)
+
+    return subtree
+
+
+def notes_of(link: Connection, tenant: str) -> Iterable[str]:
+    """All checkpoints of a log, smallest first."""
+    query = select(CHECKPOINT.c.note).where(CHECKPOINT.c.log_id == tenant).order_by(CHECKPOINT.c.size)
+    return link.execute(query).scalars()
+
+
+def _keep(link: Connection, tenant: str, tree: Tree, note: str, key: NoteKey) -> None:
+    insert = sqlite_insert if link.dialect.name == "sqlite" else pg_insert
+    row = {"log_id": tenant, "size": tree.size, "root": tree.root, "note": note, "key_id": key.key_id}
+    link.execute(insert(CHECKPOINT).values(**row).on_conflict_do_nothing())
+
+
+def _make_key(path: Path) -> None:
+    """Made aside and linked into place: of several processes, one wins, the others use its key."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    pem = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        aside.unlink()

@@ -1,0 +1,224 @@
+"""A log as a sequence of items, from the database or from an export, in which one line is one item.
+
+Event lines carry the attribute names of CloudEvents; `data_base64` holds the bytes that the tree commits to.
+An intent stands before the event that refers to it, a checkpoint right after the last event it covers.
+"""
+
+from __future__ import annotations
+
+import json
+from base64 import b64decode, b64encode
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from activities.services.checkpoints import CHECKPOINT, tree_of
+from activities.services.content import BLOB
+from activities.services.database import from_micros, to_micros
+from activities.services.ledger_store import EVENT
+from models.errors import InvalidInput
+from models.ledger import Event, EventType
+
+FORMAT = "countersign-ledger/1"
+CHUNK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Whose log it is, and where it ends."""
+
+    origin: str
+    tenant: str
+    size: int
+    root: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class IntentBytes:
+    """The canonical bytes of an intent."""
+
+    digest: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """An event's bytes, with whatever was written beside them as it was found."""
+
+    seq: int
+    envelope: bytes
+    beside: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A checkpoint."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A line that is no item."""
+
+    line: int
+    why: str
+
+
+Item = Header | IntentBytes | Leaf | Note | Unreadable
+
+
+def of_database(link: Connection, tenant: str, origin: str) -> Iterator[Item]:
+    """Everything of a log, as one transaction sees it."""
+    tree = tree_of(link, tenant, origin)
+    yield Header(origin, tenant, tree.size, tree.root)
+    notes = _notes(link, tenant)
+    for first in range(1, tree.size + 1, CHUNK):
+        for leaf in _leaves(link, tenant, first, tree.size):
+            if leaf.beside["type"] == EventType.INTENT:
+                yield from _intent(link, tenant, leaf)
+            yield leaf
+            yield from (Note(text) for text in notes.pop(leaf.seq, ()))
+    # Rows beyond the head, and checkpoints of what is not there, are for the reader to judge.
+    yield from _leaves(link, tenant, tree.size + 1, tree.size + CHUNK)
+    yield from (Note(text) for size in sorted(notes) for text in notes[size])
+
+
+def to_lines(items: Iterable[Item]) -> Iterator[str]:
+    """Items as lines of an export, without line ends."""
+    tenant = ""
+    for item in items:
+        if isinstance(item, Header):
+            tenant = item.tenant
+        yield json.dumps(_plain(item, tenant), separators=(",", ":"), sort_keys=True)
+
+
+def of_lines(lines: Iterable[str]) -> Iterator[Item]:
+    """Items of an export; a line that is none becomes `Unreadable`."""
+    tenant = ""
+    for number, line in enumerate(lines, start=1):
+        try:
+            item = _item(json.loads(line))
+            if isinstance(item, Header):
+                tenant = item.tenant
+            if json.dumps(_plain(item, tenant), separators=(",", ":"), sort_keys=True) != line.rstrip("\n"):
+                raise ValueError("it is not written as an export writes it")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            yield Unreadable(number, f"{type(error).__name__}: {error}")
+        else:
+            yield item
+
+
+def attributes(event: Event, tenant: str) -> dict[str, Any]:
+    """What must stand beside an event's bytes."""
+    return {
+        "specversion": "1.0",
+        "id": event.event_id,
+        "source": f"countersign/{tenant}",
+        "type": f"countersign.{event.type.value}",
+        "subject": event.stream,
+        "time": event.recorded_at.isoformat(),
+        "datacontenttype": "application/json",
+        "sequence": event.seq,
+        "streamversion": event.version,
+        "correlationid": event.correlation_id,
+        "leafhash": event.leaf_hash,
+    }
+
+
+def columns(event: Event) -> dict[str, Any]:
+    """What must stand in the other columns of an event's row."""
+    return {
+        "seq": event.seq,
+        "event_id": event.event_id,
+        "stream": event.stream,
+        "version": event.version,
+        "type": event.type.value,
+        "correlation_id": event.correlation_id,
+        "recorded_at": to_micros(event.recorded_at),
+        "leaf_hash": event.leaf_hash,
+    }
+
+
+def _plain(item: Item, tenant: str) -> dict[str, Any]:
+    match item:
+        case Header():
+            return {
+                "format": FORMAT,
+                "origin": item.origin,
+                "tenant": item.tenant,
+                "size": item.size,
+                "root": b64encode(item.root).decode(),
+            }
+        case IntentBytes():
+            return {"intent": item.digest, "data_base64": b64encode(item.data).decode()}
+        case Leaf():
+            beside = item.beside if "specversion" in item.beside else _named(item.beside, tenant)
+            return beside | {"data_base64": b64encode(item.envelope).decode()}
+        case Note():
+            return {"checkpoint": item.text}
+        case Unreadable():
+            raise InvalidInput.field("export", f"line {item.line}", "it cannot be written back")
+
+
+def _named(row: dict[str, Any], tenant: str) -> dict[str, Any]:
+    """A row's columns under the names of `attributes`, as they were found."""
+    return {
+        "specversion": "1.0",
+        "id": row["event_id"],
+        "source": f"countersign/{tenant}",
+        "type": f"countersign.{row['type']}",
+        "subject": row["stream"],
+        "time": from_micros(row["recorded_at"]).isoformat(),
+        "datacontenttype": "application/json",
+        "sequence": row["seq"],
+        "streamversion": row["version"],
+        "correlationid": row["correlation_id"],
+        "leafhash": row["leaf_hash"],
+    }
+
+
+def _item(plain: dict[str, Any]) -> Item:
+    if "format" in plain:
+        if plain["format"] != FORMAT:
+            raise ValueError(f"the format is {plain['format']}, not {FORMAT}")
+        root = b64decode(plain["root"], validate=True)
+        return Header(plain["origin"], plain["tenant"], int(plain["size"]), root)
+    if "intent" in plain:
+        return IntentBytes(plain["intent"], b64decode(plain["data_base64"], validate=True))
+    if "checkpoint" in plain:
+        return Note(plain["checkpoint"])
+    envelope = b64decode(plain.pop("data_base64"), validate=True)
+    return Leaf(int(plain["sequence"]), envelope, plain)
+
+
+def _leaves(link: Connection, tenant: str, first: int, last: int) -> Iterator[Leaf]:
+    until = min(first + CHUNK - 1, last)
+    wanted = (EVENT.c.log_id == tenant) & EVENT.c.seq.between(first, until)
+    if first == 1:
+        wanted = (EVENT.c.log_id == tenant) & (EVENT.c.seq <= until)
+    for row in link.execute(select(EVENT).where(wanted).order_by(EVENT.c.seq)).mappings().all():
+        beside = {name: value for name, value in row.items() if name not in ("log_id", "envelope")}
+        yield Leaf(row["seq"], bytes(row["envelope"]), beside)
+
+
+def _intent(link: Connection, tenant: str, leaf: Leaf) -> Iterator[IntentBytes]:
+    try:
+        digest = str(json.loads(leaf.envelope)["body"]["digest"])
+    except (ValueError, KeyError, TypeError):
+        return
+    query = select(BLOB.c.data).where(BLOB.c.tenant == tenant, BLOB.c.digest == digest)
+    data = link.execute(query).scalar_one_or_none()
+    if data is not None:
+        yield IntentBytes(digest, bytes(data))
+
+
+def _notes(link: Connection, tenant: str) -> dict[int, list[str]]:
+    rows = link.execute(
+        select(CHECKPOINT.c.size, CHECKPOINT.c.note)
+        .where(CHECKPOINT.c.log_id == tenant)
+        .order_by(CHECKPOINT.c.size)
+    )
+    return {row.size: [row.note] for row in rows}

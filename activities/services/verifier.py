@@ -1,0 +1,268 @@
+"""Checking a log from its bytes: hashes, order, root, signatures, and whether every effect was allowed.
+
+What it finds comes first event first. It trusts the keys and notes it is given and nothing in the log.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from pydantic import ValidationError
+from sqlalchemy import Connection, func, select
+
+from activities.services import merkle
+from activities.services.checkpoints import CHECKPOINT
+from activities.services.conduct import Conduct
+from activities.services.ledger_export import (
+    CHUNK,
+    Header,
+    IntentBytes,
+    Item,
+    Leaf,
+    Note,
+    Unreadable,
+    attributes,
+    columns,
+)
+from activities.services.ledger_store import EVENT, HEAD, NODE
+from activities.services.notes import NoteKey, Tree, is_signed, read_checkpoint
+from models.canonical import sha256
+from models.errors import InvalidInput
+from models.ledger import Event
+from models.loop import Frozen
+
+MANY = 100
+
+
+class Finding(Frozen):
+    """Something that contradicts what was signed, or what was allowed."""
+
+    seq: int
+    """The first event that may be concerned, from 1."""
+    event_id: str | None = None
+    what: str
+
+
+class Report(Frozen):
+    """What a check came to."""
+
+    status: Literal["sound", "tampered", "incomplete"]
+    size: int
+    root: str
+    signed: int
+    """Events covered by the last checkpoint whose signature holds."""
+    witnessed: int
+    """Events covered by a note that was given from outside the log."""
+    findings: tuple[Finding, ...] = ()
+    gaps: tuple[str, ...] = ()
+    """What could not be checked, and why."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 sound, 1 tampered, 2 incomplete."""
+        return {"sound": 0, "tampered": 1, "incomplete": 2}[self.status]
+
+
+class Verifier:
+    """One pass over one log."""
+
+    def __init__(self, keys: Sequence[NoteKey], old: Sequence[str] = ()) -> None:
+        """`keys` may sign checkpoints; `old` are notes kept outside, which the log must continue."""
+        self._keys = tuple(keys)
+        self._old = [read_checkpoint(note) for note in old]
+        self._findings = list[Finding]()
+        self._gaps = dict[str, None]()
+        self._peaks = list[bytes]()
+        self._size = 0
+        self._signed = self._witnessed = 0
+        self._matched = 0
+        self._header: Header | None = None
+        self._versions = dict[str, int]()
+        self._ids = set[str]()
+        self._conduct = Conduct()
+        self._unsigned_old(old)
+
+    def check(self, items: Iterable[Item], more: Iterable[Finding] = ()) -> Report:
+        """Check all items, and take in what was found elsewhere."""
+        for item in items:
+            self._take(item)
+        self._end()
+        self._findings.extend(more)
+        self._findings.sort(key=lambda one: one.seq)
+        return Report(
+            status="tampered" if self._findings else "incomplete" if self._gaps else "sound",
+            size=self._size,
+            root=merkle.root_of(self._peaks).hex(),
+            signed=self._signed,
+            witnessed=self._witnessed,
+            findings=tuple(self._findings[:MANY]),
+            gaps=tuple(self._gaps),
+        )
+
+    def _unsigned_old(self, old: Sequence[str]) -> None:
+        for note in old:
+            if self._keys and not is_signed(note, self._keys):
+                raise InvalidInput.field(
+                    "checkpoint", note[:40], "none of the keys signed it; give the key that did"
+                )
+
+    def _take(self, item: Item) -> None:
+        match item:
+            case Header():
+                self._open(item)
+            case IntentBytes():
+                self._intent(item)
+            case Leaf():
+                self._leaf(item)
+            case Note():
+                self._note(item.text)
+            case Unreadable():
+                self._find(f"line {item.line} cannot be read: {item.why}")
+
+    def _find(self, what: str, seq: int | None = None, event_id: str | None = None) -> None:
+        self._findings.append(
+            Finding(seq=self._size + 1 if seq is None else seq, event_id=event_id, what=what)
+        )
+
+    def _open(self, header: Header) -> None:
+        if self._header is not None or self._size:
+            self._find("a second beginning stands in the middle")
+        self._header = header
+        for tree in self._old:
+            if tree.origin != header.origin:
+                self._find(f"the log calls itself {header.origin}, the note given is of {tree.origin}", seq=0)
+
+    def _intent(self, item: IntentBytes) -> None:
+        if sha256(item.data) != item.digest:
+            self._find(f"what stands for intent {item.digest} has another digest")
+        elif (wrong := self._conduct.know(item.digest, item.data)) is not None:
+            self._find(wrong)
+
+    def _leaf(self, leaf: Leaf) -> None:
+        seq = self._size + 1
+        hashed = merkle.leaf_hash(leaf.envelope)
+        self._peaks, _ = merkle.extend(self._size, self._peaks, [hashed])
+        try:
+            plain = json.loads(leaf.envelope)
+            event = Event.model_validate(plain | {"leaf_hash": hashed.hex()})
+        except (ValueError, TypeError, ValidationError):
+            self._find("the event cannot be read", seq)
+        else:
+            for what in (*self._beside(leaf, event), *self._order(event), *self._conduct.take(event)):
+                self._find(what, seq, event.event_id)
+        self._size = seq
+        for tree in self._old:
+            if tree.size == seq:
+                self._matches(tree, "the note given")
+                self._witnessed = max(self._witnessed, seq)
+
+    def _beside(self, leaf: Leaf, event: Event) -> Iterator[str]:
+        tenant = self._header.tenant if self._header else event.log_id
+        expected = attributes(event, tenant) if "specversion" in leaf.beside else columns(event)
+        if leaf.beside != expected:
+            names = [n for n in {**expected, **leaf.beside} if leaf.beside.get(n) != expected.get(n)]
+            yield f"{', '.join(sorted(names))} beside the event does not fit its bytes"
+
+    def _order(self, event: Event) -> Iterator[str]:
+        if self._header is not None and event.log_id != self._header.tenant:
+            yield f"it belongs to log {event.log_id}"
+        if event.seq != self._size + 1:
+            yield f"it is event {event.seq}, event {self._size + 1} should stand here"
+        last = self._versions.get(event.stream, 0)
+        if event.version != last + 1:
+            yield f"version {event.version} of stream {event.stream} follows version {last}"
+        self._versions[event.stream] = event.version
+        if event.event_id in self._ids:
+            yield "its id stands already"
+        self._ids.add(event.event_id)
+
+    def _note(self, text: str) -> None:
+        try:
+            tree = read_checkpoint(text)
+        except InvalidInput:
+            self._find("a checkpoint cannot be read")
+            return
+        if self._header is not None and tree.origin != self._header.origin:
+            self._find(f"a checkpoint of {tree.origin} stands in the log of {self._header.origin}")
+        elif tree.size != self._size:
+            self._find(f"a checkpoint of {tree.size} events stands where there are {self._size}")
+        elif self._keys and not is_signed(text, self._keys):
+            self._find(f"the checkpoint of {tree.size} events is signed by none of the keys given")
+        elif self._matches(tree, "the checkpoint") and self._keys:
+            self._signed = tree.size
+
+    def _matches(self, tree: Tree, whose: str) -> bool:
+        if merkle.root_of(self._peaks) == tree.root:
+            self._matched = max(self._matched, tree.size)
+            return True
+        first = self._matched + 1
+        self._find(f"{whose} of {tree.size} events has another root: something from event {first} on", first)
+        return False
+
+    def _end(self) -> None:
+        for tree in self._old:
+            if tree.size > self._size:
+                self._find(f"the log ends at {self._size}, the note given covers {tree.size}: it was cut")
+        header = self._header
+        if header is None:
+            self._gaps["the log has no beginning; export it again"] = None
+        elif header.size != self._size:
+            self._find(f"the log ends at {self._size}, its beginning says {header.size}")
+        elif header.root != merkle.root_of(self._peaks):
+            self._find("the root is not the one its beginning names", self._matched + 1)
+        if not self._keys:
+            self._gaps["no key was given, so nobody vouches for the log"] = None
+        elif self._size and not self._signed and not self._witnessed:
+            self._gaps["no checkpoint has been signed yet; wait for one"] = None
+        for digest in sorted(self._conduct.missing):
+            self._gaps[f"the bytes of intent {digest} are missing, so its gate was not checked"] = None
+
+
+def check_rows(link: Connection, tenant: str) -> Iterator[Finding]:
+    """What the database holds besides the events: subtrees, head and checkpoint columns."""
+    size = link.execute(select(HEAD.c.size).where(HEAD.c.log_id == tenant)).scalar_one_or_none() or 0
+    peaks = list[bytes]()
+    for start in range(0, size, CHUNK):
+        mine = (EVENT.c.log_id == tenant) & EVENT.c.seq.between(start + 1, min(start + CHUNK, size))
+        rows = link.execute(select(EVENT.c.leaf_hash).where(mine).order_by(EVENT.c.seq)).scalars()
+        try:
+            leaves = [bytes.fromhex(row) for row in rows]
+        except ValueError:
+            return  # The event that it stands beside is named elsewhere.
+        peaks, nodes = merkle.extend(start, peaks, leaves)
+        yield from _wrong_nodes(link, tenant, start, start + len(leaves), nodes)
+    count = link.execute(select(func.count()).where(NODE.c.log_id == tenant)).scalar_one()
+    if count != merkle.node_count(size):
+        yield Finding(seq=size, what=f"{count} subtrees stand, {merkle.node_count(size)} belong there")
+    yield from _wrong_columns(link, tenant)
+
+
+def _wrong_nodes(
+    link: Connection, tenant: str, start: int, end: int, nodes: Sequence[merkle.Node]
+) -> Iterator[Finding]:
+    found = dict[tuple[int, int], bytes]()
+    for level in range(1, end.bit_length()):
+        mine = (NODE.c.log_id == tenant) & (NODE.c.level == level)
+        between = NODE.c.idx.between(start >> level, (end >> level) - 1)
+        for row in link.execute(select(NODE.c.idx, NODE.c.hash).where(mine, between)):
+            found[level, row.idx] = bytes(row.hash)
+    for node in nodes:
+        if found.get((node.level, node.index)) != node.hash:
+            first = (node.index << node.level) + 1
+            yield Finding(seq=first, what=f"subtree {node.level}/{node.index} is not that of its leaves")
+
+
+def _wrong_columns(link: Connection, tenant: str) -> Iterator[Finding]:
+    rows: Iterable[Any] = link.execute(select(CHECKPOINT).where(CHECKPOINT.c.log_id == tenant))
+    for row in rows:
+        try:
+            tree = read_checkpoint(row.note)
+        except InvalidInput:
+            continue
+        signers = [line.split(" ")[1] for line in row.note.partition("\n\n")[2].splitlines()]
+        if (tree.size, tree.root) != (row.size, bytes(row.root)) or row.key_id.partition("+")[
+            0
+        ] not in signers:
+            yield Finding(seq=row.size, what=f"the row of the checkpoint of {row.size} does not fit its note")

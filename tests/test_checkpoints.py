@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import asyncio
+import stat
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import text
+
+from activities.services.checkpoints import Checkpoints, keep_signing, load_key, notes_of
+from activities.services.database import Database
+from activities.services.migrations import migrate
+from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
+from activities.services.witnesses import FileWitness, GitWitness, witnesses
+from models.errors import ConnectorUnavailable, InvalidInput, LedgerBroken
+from tests.ledgers import TENANT, fill
+
+PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+KEY = NoteKey("countersign/default", PRIVATE.public_key().public_bytes_raw())
+TREE = Tree("countersign/default", 7, bytes(32))
+
+
+def clock() -> datetime:
+    return datetime(2026, 5, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    migrate(url)
+    opened = Database(url)
+    yield opened
+    opened.close()
+
+
+def signer(database: Database, *kept_by: FileWitness | GitWitness) -> Checkpoints:
+    return Checkpoints(database, PRIVATE, "countersign", kept_by)
+
+
+class Deaf:
+    """A witness that cannot be reached."""
+
+    name = "deaf"
+
+    async def newest(self, origin: str) -> str | None:
+        raise OSError("no route")
+
+    async def keep(self, note: str) -> None:
+        raise OSError("no route")
+
+
+def test_a_note_has_the_published_form() -> None:
+    note = sign(checkpoint_text(TREE), KEY, PRIVATE)
+    first, second, third, blank, signature, end = note.split("\n")
+    assert (first, second, third) == ("countersign/default", "7", "A" * 43 + "=")
+    assert (blank, end) == ("", "")
+    assert signature.startswith("— countersign/default ")
+    assert read_checkpoint(note) == TREE
+    assert is_signed(note, [KEY])
+
+
+def test_the_published_example_of_a_note_verifies() -> None:
+    # golang.org/x/mod/sumdb/note, package documentation.
+    key = NoteKey.parse("PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW")
+    note = (
+        "If you think cryptography is the answer to your problem,\n"
+        "then you don't know what your problem is.\n"
+        "\n"
+        "— PeterNeumann "
+        "x08go/ZJkuBS9UG/SffcvIAQxVBtiFupLLr8pAcElZInNIuGUgYN1FFYC2pZSNXgKvqfqdngotpRZb6KE6RyyBwJnAM=\n"
+    )
+    assert is_signed(note, [key])
+    assert not is_signed(note.replace("problem is", "problem was"), [key])
+
+
+def test_any_changed_character_of_a_note_is_seen() -> None:
+    note = sign(checkpoint_text(TREE), KEY, PRIVATE)
+    for place, character in enumerate(note):
+        for other in {"A", "B", "9", "=", "\n", " "} - {character}:
+            assert not is_signed(note[:place] + other + note[place + 1 :], [KEY]), (place, other)
+
+
+def test_a_key_is_written_and_read_back() -> None:
+    assert NoteKey.parse(str(KEY)) == KEY
+    with pytest.raises(InvalidInput, match="key: "):
+        NoteKey.parse(str(KEY).replace("+", "-", 1))
+    with pytest.raises(InvalidInput, match="key: "):
+        NoteKey.parse(f"other{KEY}")
+
+
+@pytest.mark.parametrize(
+    "note", ["", "a\nb\nc\n", "o\n1\nAAAA\n\n", "o\n01\n" + "A" * 43 + "=\n\n", "o\n-1\n\n"]
+)
+def test_what_is_no_checkpoint_is_refused(note: str) -> None:
+    with pytest.raises(InvalidInput, match="checkpoint: "):
+        read_checkpoint(note)
+
+
+def test_the_key_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:
+    first = load_key(tmp_path)
+    assert load_key(tmp_path).private_bytes_raw() == first.private_bytes_raw()
+    path = tmp_path / "keys" / "ledger.pem"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    path.chmod(0o644)
+    with pytest.raises(InvalidInput, match="others can read it"):
+        load_key(tmp_path)
+
+
+async def test_an_empty_log_gets_no_checkpoint(database: Database) -> None:
+    assert await signer(database).write(TENANT) is None
+
+
+async def test_a_checkpoint_is_kept_once_and_handed_to_every_witness(
+    database: Database, tmp_path: Path
+) -> None:
+    kept_by = FileWitness(tmp_path / "file"), GitWitness(tmp_path / "git", clock)
+    checkpoints = signer(database, *kept_by)
+    await fill(database, 2)
+    first = await checkpoints.write(TENANT)
+    again = await checkpoints.write(TENANT)
+    await fill(database, 1, first=2)
+    second = await checkpoints.write(TENANT)
+    assert first is not None and second is not None and again is not None
+    assert (first.size, again.note, second.size) == (14, first.note, 21)
+    assert first.kept_by == tuple(one.name for one in kept_by)
+    assert await database.read(lambda link: list(notes_of(link, TENANT))) == [first.note, second.note]
+    for witness in kept_by:
+        assert await witness.newest("countersign/default") == second.note
+        assert await witness.newest("countersign/other") is None
+    assert (tmp_path / "file" / "countersign_default.notes").read_text() == f"{first.note}\n{second.note}\n"
+
+
+async def test_a_cut_log_is_not_signed_again(database: Database, tmp_path: Path) -> None:
+    checkpoints = signer(database, FileWitness(tmp_path / "file"))
+    await fill(database, 2)
+    await checkpoints.write(TENANT)
+    with database.engine.begin() as link:
+        for name in ("event", "merkle_node", "checkpoint"):
+            link.execute(text(f"DROP TRIGGER {name}_no_delete"))
+            link.execute(text(f"DELETE FROM {name}"))
+        link.execute(text("DELETE FROM log_head"))
+    await fill(database, 1)
+    with pytest.raises(LedgerBroken, match="has 7 events, 14 were signed"):
+        await checkpoints.write(TENANT)
+
+
+async def test_a_rewritten_log_is_not_signed_again(database: Database, tmp_path: Path) -> None:
+    checkpoints = signer(database, FileWitness(tmp_path / "file"))
+    await fill(database, 2)
+    await checkpoints.write(TENANT)
+    with database.engine.begin() as link:
+        for name in ("event", "merkle_node", "checkpoint"):
+            link.execute(text(f"DROP TRIGGER {name}_no_delete"))
+            link.execute(text(f"DELETE FROM {name}"))
+        link.execute(text("DELETE FROM log_head"))
+    await fill(database, 3, first=1)
+    with pytest.raises(LedgerBroken, match="does not continue the 14 events"):
+        await checkpoints.write(TENANT)
+
+
+async def test_an_effect_beyond_recall_waits_for_every_witness(database: Database, tmp_path: Path) -> None:
+    file = FileWitness(tmp_path / "file")
+    await fill(database, 1)
+    await signer(database, file).before_effect(TENANT)
+    assert await file.newest("countersign/default") is not None
+    with pytest.raises(ConnectorUnavailable, match="deaf has not the checkpoint"):
+        await Checkpoints(database, PRIVATE, "countersign", (file, Deaf())).before_effect(TENANT)
+
+
+async def test_signing_goes_on_while_a_witness_is_away(database: Database) -> None:
+    await fill(database, 1)
+    written = await Checkpoints(database, PRIVATE, "countersign", (Deaf(),)).write(TENANT)
+    assert written is not None
+    assert (written.kept_by, written.missed_by) == ((), ("deaf",))
+
+
+async def test_the_last_events_are_signed_when_a_process_ends(database: Database) -> None:
+    stop = asyncio.Event()
+    task = asyncio.create_task(keep_signing(signer(database), 3600, stop))
+    await fill(database, 1)
+    stop.set()
+    await task
+    assert len(await database.read(lambda link: list(notes_of(link, TENANT)))) == 1
+
+
+def test_witnesses_are_named_in_settings(tmp_path: Path) -> None:
+    file, git = witnesses(("file:w", "git:g.git"), tmp_path, clock)
+    assert (file.name, git.name) == (f"file:{tmp_path}/w", f"git:{tmp_path}/g.git")
+    with pytest.raises(InvalidInput, match="write file:FOLDER or git:BARE_REPOSITORY"):
+        witnesses(("carrier pigeon",), tmp_path, clock)
