@@ -64,6 +64,12 @@ class BudgetExceeded(Final):
     benign = True
 
 
+class DeadlineMissed(Final):
+    """The answer cannot be, or was not, had in the time somebody waits for it."""
+
+    benign = True
+
+
 class Declined(Final):
     """The agent has nothing to propose, and says why; the run ends without an intent."""
 

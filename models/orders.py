@@ -148,6 +148,8 @@ class Fell(Frozen):
     reason: str
     kind: str = ""
     """The type of the error; a hint to the router, which reads no texts."""
+    reservation: str | None = None
+    """The money held for the call; with no tier left it is settled."""
 
 
 class PlanOrder(Frozen):

@@ -9,17 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_UP, Decimal
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import AwareDatetime, Field
 
-from models.errors import PolicyDenied
-from models.inference import Call, Candidate, Needs, Prompt, Route, Task
-from models.loop import Amount, Cost, Frozen
-from models.settings import TierSettings
+from models.budget import Account, lacking, micros
+from models.canonical import Digest, digest_of
+from models.errors import BudgetExceeded, CountersignError, DeadlineMissed, PolicyDenied
+from models.inference import Call, Candidate, Inputs, Needs, Prompt, Route, Task
+from models.loop import Amount, Cost, Frozen, Name
+from models.privacy import raised
+from models.settings import TaskSettings, TierSettings
 
 MOST_TIERS = 2
 """The chosen one and one fallback."""
+TRIES = 2
+"""How often a tier may be tried for one call; more than `workflows/policies.py` allows would be unpaid."""
+REPAIR_TOKENS = 512
+"""Room for the objections to an answer, when it is asked for again."""
+WITHOUT = (("url", "http://left-out.invalid"), ("token", None), ("cache_salt", None))
 MILLION = 1_000_000
 MESSAGE_TOKENS = 12
 """Room for the marks a chat template puts around one message."""
@@ -40,6 +49,133 @@ class Measured(Frozen):
     tokens: int | None = None
     amount: Amount | None = None
     currency: str | None = None
+    slow_milliseconds: int | None = None
+    """All but one in twenty calls were faster."""
+    escalated_permille: int | None = Field(default=None, ge=0, le=1000)
+    """How many of a thousand answers could not be used, so that another tier had to be asked."""
+
+
+class Telemetry(Frozen):
+    """What is known of one tier at the moment of a choice; `None` is unknown."""
+
+    model: str | None = None
+    measured: Measured = Measured()
+    context_tokens: int | None = None
+    """As probed; less than the settings say counts."""
+    structured: bool | None = None
+    """As probed."""
+    held: bool = False
+    """Another model than the accepted one answers there."""
+    suspended: bool = False
+    """Its breaker is open."""
+    busy: int | None = None
+    room: int | None = None
+    """Calls under way, and how many may be."""
+    cached: bool = False
+    """The answer to this very call is kept there."""
+
+
+class Snapshot(Frozen):
+    """All that a choice depends on besides the call and the policy."""
+
+    tiers: dict[Name, Telemetry] = Field(default_factory=dict)
+    accounts: tuple[Account, ...] = ()
+
+    def of(self, tier: str) -> Telemetry:
+        """What is known of a tier."""
+        return self.tiers.get(tier, _NOTHING_KNOWN)
+
+    def digest(self) -> Digest:
+        """Its name; a field that a later version adds, left at its default, does not change it."""
+        return digest_of(self.model_dump(mode="json", exclude_defaults=True))
+
+
+class Wish(Frozen):
+    """What is to be routed."""
+
+    task: Name
+    prefer: Prefer
+    needs: Needs
+
+
+class RoutePolicy(Frozen):
+    """What the settings say of the tiers, without addresses and secrets; named in each record."""
+
+    tiers: tuple[TierSettings, ...]
+
+    @classmethod
+    def of(cls, tiers: Sequence[TierSettings]) -> RoutePolicy:
+        """The policy behind settings."""
+        return cls(tiers=tuple(tier.model_copy(update=dict(WITHOUT)) for tier in tiers))
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON, to be named by its digest; `RoutePolicy.model_validate` reads it back."""
+        return self.model_dump(mode="json")
+
+
+class Decision(Frozen):
+    """A route, or why there is none; either way every candidate is in it."""
+
+    route: Route
+    refused_as: Literal["PolicyDenied", "BudgetExceeded", "DeadlineMissed"] | None = None
+    refusal: str = ""
+    holds: int | None = None
+    """Millionths to reserve: the worst that the tiers of the route may take together."""
+    currency: str | None = None
+
+    def raise_refusal(self) -> None:
+        """Raise what was refused.
+
+        Raises:
+            PolicyDenied: a hard constraint leaves no tier.
+            BudgetExceeded: only a budget stands in the way.
+            DeadlineMissed: no tier can be expected to answer in time.
+        """
+        if self.refused_as is not None:
+            raise REFUSALS[self.refused_as](self.refusal)
+
+
+class RouteRecord(Frozen):
+    """The body of a ROUTE event: all that is needed to make the same choice again."""
+
+    route: Route
+    needs: Needs
+    prefer: Prefer = "small"
+    policy: Digest | None = None
+    """Names the `RoutePolicy` in the content store."""
+    snapshot: Snapshot = Snapshot()
+    snapshot_digest: Digest | None = None
+    """`None` in records older than this rule, which cannot be replayed."""
+    refused_as: Literal["PolicyDenied", "BudgetExceeded", "DeadlineMissed"] | None = None
+    refusal: str = ""
+    holds: int | None = None
+    currency: str | None = None
+    reservation: str | None = None
+    deadline: AwareDatetime | None = None
+
+    def decision(self) -> Decision:
+        """What was decided."""
+        return Decision(
+            route=self.route,
+            refused_as=self.refused_as,
+            refusal=self.refusal,
+            holds=self.holds,
+            currency=self.currency,
+        )
+
+
+def replayed(record: RouteRecord, policy: RoutePolicy) -> Decision:
+    """Make a recorded decision again, from the policy that stood then; compare with `record.decision()`."""
+    wish = Wish(task=record.route.purpose, prefer=record.prefer, needs=record.needs)
+    return decide(wish, policy.tiers, record.snapshot)
+
+
+_NOTHING_KNOWN = Telemetry()
+REFUSALS: Mapping[str, type[CountersignError]] = {
+    "PolicyDenied": PolicyDenied,
+    "BudgetExceeded": BudgetExceeded,
+    "DeadlineMissed": DeadlineMissed,
+}
 
 
 def route(
@@ -55,31 +191,166 @@ def route(
         task: what the model is asked, for the record.
         needs: the hard constraints.
         tiers: in the order of the settings, cheap to capable.
-        prefer: small takes them in that order, large in reverse.
+        prefer: small starts with the least expected cost, large with the most capable.
         measured: earlier averages by tier.
 
     Raises:
         PolicyDenied: no tier satisfies the constraints; each one's reason is named.
+        DeadlineMissed: none of those that do answers in time.
     """
-    lost = {tier.name: unsuitable(needs, tier) for tier in tiers}
-    fitting = [tier.name for tier in tiers if lost[tier.name] is None]
-    if not fitting:
-        raise PolicyDenied(_refusal(task, lost))
-    ranked = fitting if prefer == "small" else fitting[::-1]
-    chosen = tuple(ranked[:MOST_TIERS])
-    for name in ranked[MOST_TIERS:]:
-        lost[name] = f"{' and '.join(chosen)} come first; at most one fallback is tried"
-    known = measured or {}
-    candidates = tuple(_candidate(needs, tier, lost[tier.name], known.get(tier.name)) for tier in tiers)
-    return Route(purpose=task, tiers=chosen, candidates=candidates)
+    known = {name: Telemetry(measured=one) for name, one in (measured or {}).items()}
+    decision = decide(Wish(task=task, prefer=prefer, needs=needs), tiers, Snapshot(tiers=known))
+    decision.raise_refusal()
+    return decision.route
+
+
+def decide(wish: Wish, tiers: Sequence[TierSettings], snapshot: Snapshot) -> Decision:
+    """Choose. A pure function: the same call, policy and snapshot give the same decision for ever."""
+    return _Choice(wish, tiers, snapshot).decision()
+
+
+class _Choice:
+    """One decision in the making: each step may only take tiers away or put them in order."""
+
+    def __init__(self, wish: Wish, tiers: Sequence[TierSettings], snapshot: Snapshot) -> None:
+        self.wish, self.needs, self.snapshot = wish, wish.needs, snapshot
+        self.tiers = {tier.name: tier for tier in tiers}
+        self.place = {name: number for number, name in enumerate(self.tiers)}
+        self.expected = {
+            tier.name: estimate(self.needs, tier, snapshot.of(tier.name).measured) for tier in tiers
+        }
+        self.lost: dict[str, str | None] = {}
+        self.queued = self.needs.within_milliseconds is None
+
+    def decision(self) -> Decision:
+        fitting = self._fitting()
+        if not fitting:
+            return self._refused("PolicyDenied", "add a [[tiers]] block to countersign.toml that may")
+        paid = self._paid(fitting)
+        if not paid:
+            return self._refused("BudgetExceeded", "raise the budget or wait for the next day")
+        timely = self._timely(paid)
+        if not timely:
+            return self._refused("DeadlineMissed", "allow more time, or let it queue (may_queue)")
+        return self._chosen(self._ranked(timely))
+
+    def _fitting(self) -> list[str]:
+        for name, tier in self.tiers.items():
+            self.lost[name] = barred(self.needs, tier, self.snapshot.of(name))
+        return [name for name, reason in self.lost.items() if reason is None]
+
+    def _paid(self, fitting: Sequence[str]) -> list[str]:
+        for name in fitting:
+            tier = self.tiers[name]
+            self.lost[name] = lacking(self.snapshot.accounts, worst(self.needs, tier), tier.currency)
+        return [name for name in fitting if self.lost[name] is None]
+
+    def _timely(self, paid: list[str]) -> list[str]:
+        if self.needs.within_milliseconds is None:
+            return paid
+        late = {name: self._late(name, self.needs.within_milliseconds) for name in paid}
+        timely = [name for name in paid if late[name] is None]
+        if not timely and self.needs.may_queue:
+            self.queued = True
+            return paid
+        self.lost |= late
+        return timely
+
+    def _late(self, name: str, within: int) -> str | None:
+        predicted = predicted_milliseconds(self.expected[name].milliseconds, self.snapshot.of(name))
+        if predicted is None or predicted <= within:
+            return None
+        return f"it would take {predicted} ms and somebody waits {within}"
+
+    def _ranked(self, names: Sequence[str]) -> list[str]:
+        ordered = sorted(names, key=lambda name: self.place[name], reverse=self.wish.prefer == "large")
+        totals = self._totals(names) if self.wish.prefer == "small" else None
+        if totals is not None:
+            ordered.sort(key=lambda name: totals[name])
+        # Sorting keeps the order among equals; with every tier suspended or full nothing changes.
+        ordered.sort(key=self._reluctance)
+        return ordered
+
+    def _reluctance(self, name: str) -> tuple[bool, bool, bool]:
+        known = self.snapshot.of(name)
+        full = known.busy is not None and known.room is not None and known.busy >= known.room
+        return not known.cached, known.suspended, full
+
+    def _totals(self, names: Sequence[str]) -> dict[str, Decimal] | None:
+        """Expected cost with the chance that the next more capable tier is needed too; `None` if unknown."""
+        costs = [self.expected[name] for name in names]
+        if len({cost.currency for cost in costs}) != 1 or any(cost.amount is None for cost in costs):
+            return None
+        own = {name: Decimal(cost.amount or 0) for name, cost in zip(names, costs, strict=True)}
+        totals = dict(own)
+        for name, above in pairwise(sorted(names, key=lambda name: self.place[name])):
+            again = self.snapshot.of(name).measured.escalated_permille or 0
+            totals[name] += own[above] * again / 1000
+        return totals
+
+    def _chosen(self, ranked: Sequence[str]) -> Decision:
+        first, *others = ranked
+        chosen, holds = [first], worst(self.needs, self.tiers[first])
+        for name in sorted(others, key=lambda name: self._second(first, name)):
+            both = _sum(holds, worst(self.needs, self.tiers[name]))
+            lacks = lacking(self.snapshot.accounts, both, self.tiers[name].currency)
+            if len(chosen) == MOST_TIERS:
+                self.lost[name] = self._passed_over(name, chosen)
+            elif lacks is not None:
+                self.lost[name] = f"as a fallback {lacks}"
+            else:
+                chosen.append(name)
+                holds = both
+        route = self._route(tuple(chosen))
+        accounts = self.snapshot.accounts
+        if not accounts:
+            return Decision(route=route)
+        return Decision(route=route, holds=holds, currency=accounts[0].currency)
+
+    def _second(self, first: str, name: str) -> tuple[bool, bool, int]:
+        """A fallback is one that works and knows more; failing that, the nearest."""
+        small = self.wish.prefer == "small"
+        below = small and self.place[name] < self.place[first]
+        return self.snapshot.of(name).suspended, below, abs(self.place[name] - self.place[first])
+
+    def _passed_over(self, name: str, chosen: Sequence[str]) -> str:
+        why = "its breaker is open; " if self.snapshot.of(name).suspended else ""
+        return f"{why}{' and '.join(chosen)} come first; at most one fallback is tried"
+
+    def _route(self, chosen: tuple[str, ...]) -> Route:
+        return Route(
+            purpose=self.wish.task,
+            tiers=chosen,
+            candidates=tuple(self._candidate(name) for name in self.tiers),
+            queued=self.queued,
+        )
+
+    def _candidate(self, name: str) -> Candidate:
+        expected = self.expected[name]
+        return Candidate(
+            tier=name,
+            lost=self.lost[name],
+            predicted_milliseconds=predicted_milliseconds(expected.milliseconds, self.snapshot.of(name)),
+            predicted_amount=expected.amount,
+            currency=expected.currency,
+        )
+
+    def _refused(
+        self, kind: Literal["PolicyDenied", "BudgetExceeded", "DeadlineMissed"], remedy: str
+    ) -> Decision:
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.lost.items()) or "no tier is configured"
+        text = f"{self.wish.task}: no tier may take this call ({reasons}); {remedy}, or ask for less"
+        return Decision(route=self._route(()), refused_as=kind, refusal=text)
 
 
 def unsuitable(needs: Needs, tier: TierSettings) -> str | None:
-    """Why this tier may not take the call; `None` if it may."""
+    """Why this tier may not take the call by its settings; `None` if it may."""
     if needs.data_class not in tier.data_classes:
         return f"data class {needs.data_class} is not among {', '.join(tier.data_classes) or 'none'}"
     if needs.region is not None and needs.region != tier.region:
         return f"region {tier.region or 'unknown'} is not {needs.region}"
+    if needs.pin is not None and needs.pin != tier.name:
+        return f"the call is pinned to {needs.pin}"
     if needs.context_tokens > tier.context_tokens:
         return f"{needs.context_tokens} tokens are more than its {tier.context_tokens}"
     if needs.structured and not tier.structured:
@@ -87,14 +358,62 @@ def unsuitable(needs: Needs, tier: TierSettings) -> str | None:
     return None
 
 
-def needs_of(task: Task, call: Call, prompt: Prompt) -> Needs:
-    """The hard constraints of a call whose prompt is known."""
+def barred(needs: Needs, tier: TierSettings, known: Telemetry) -> str | None:
+    """Why this tier may not take the call, by its settings and by what was seen of its server."""
+    reason = unsuitable(needs, tier)
+    if reason is not None:
+        return reason
+    if known.held:
+        return "another model than the accepted one answers there; accept it in the settings"
+    if known.context_tokens is not None and needs.context_tokens > known.context_tokens:
+        return f"{needs.context_tokens} tokens are more than the {known.context_tokens} its server takes"
+    if needs.structured and known.structured is False:
+        return "its server was seen to ignore a schema"
+    return None
+
+
+def predicted_milliseconds(expected: int | None, known: Telemetry) -> int | None:
+    """How long an answer would take there, waiting included; from the slow end of what was measured."""
+    own = known.measured.slow_milliseconds or expected
+    if own is None or known.busy is None or not known.room:
+        return own
+    turns = max(0, known.busy - known.room + 1)
+    return own + -(-turns * own // known.room)
+
+
+def worst(needs: Needs, tier: TierSettings) -> int | None:
+    """Millionths that all tries on one tier may take together; `None` without a price."""
+    one = allowance(needs, tier)
+    return None if one is None else one * TRIES
+
+
+def allowance(needs: Needs, tier: TierSettings) -> int | None:
+    """Millionths that one try may take, its repair included; `None` without a price."""
+    if needs.answer_tokens is None:
+        return None
+    prompt = max(0, needs.context_tokens - needs.answer_tokens)
+    amounts = [
+        price(tier, tokens, needs.answer_tokens)[0]
+        for tokens in (prompt, prompt + needs.answer_tokens + REPAIR_TOKENS)
+    ]
+    return sum(micros(amount) for amount in amounts if amount is not None) if None not in amounts else None
+
+
+def needs_of(
+    task: Task, call: Call, prompt: Prompt, inputs: Inputs | None = None, wanted: TaskSettings | None = None
+) -> Needs:
+    """The hard constraints of a call whose prompt is known; personal data in its inputs raises its class."""
+    texts = (*(inputs or {}).values(), *(str(value) for value in call.params.values()))
+    wanted = wanted or TaskSettings()
     return Needs(
-        data_class=call.data_class,
+        data_class=raised(call.data_class, texts),
         region=call.region,
         context_tokens=prompt_tokens(prompt) + prompt.max_tokens,
         structured=task.structured or prompt.answer_schema is not None,
         answer_tokens=prompt.max_tokens,
+        pin=call.pin or wanted.tier,
+        within_milliseconds=wanted.within_milliseconds,
+        may_queue=wanted.may_queue,
     )
 
 
@@ -163,25 +482,6 @@ def _bytes(between: str) -> int:
     return 0 if between == " " else len(between.encode("utf-8", "surrogatepass"))
 
 
-def _candidate(needs: Needs, tier: TierSettings, lost: str | None, measured: Measured | None) -> Candidate:
-    expected = estimate(needs, tier, measured)
-    return Candidate(
-        tier=tier.name,
-        lost=lost,
-        predicted_milliseconds=expected.milliseconds,
-        predicted_amount=expected.amount,
-        currency=expected.currency,
-    )
-
-
-def _refusal(task: str, lost: Mapping[str, str | None]) -> str:
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in lost.items()) or "no tier is configured"
-    return (
-        f"{task}: no tier may take this call ({reasons}); add a [[tiers]] block to countersign.toml that "
-        f"may, or ask for less"
-    )
-
-
 def _expected_amount(needs: Needs, tier: TierSettings) -> tuple[Amount | None, str | None]:
     if needs.answer_tokens is None:
         return None, None
@@ -205,3 +505,7 @@ def _mean_amount(amounts: Sequence[Amount | None]) -> Amount | None:
         return None
     mean = sum(known, Decimal(0)) / len(known)
     return format(mean.quantize(SMALLEST_AMOUNT, rounding=ROUND_UP), "f")
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other

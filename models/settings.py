@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from models.budget import Budget, same_scope
 from models.inference import DataClass
 from models.loop import Frozen, Name
 from models.orders import Pace
@@ -142,6 +143,21 @@ class ContentSettings(Frozen):
     check_links: bool = True
 
 
+class TaskSettings(Frozen):
+    """What is expected of one task's calls."""
+
+    within_milliseconds: int | None = Field(default=None, ge=1)
+    """Somebody waits for the answer, this long; without it the work may stand in a queue."""
+    may_queue: bool = False
+    """What cannot be had within that time may be had later; otherwise it is refused at once."""
+    priority: int = Field(default=3, ge=1, le=5)
+    """1 goes first among queued work."""
+    cache_seconds: int | None = Field(default=None, ge=0)
+    """How long an identical call gets the same answer; 0 is never, and `None` leaves it to the task."""
+    tier: Name | None = None
+    """The only tier that may take it."""
+
+
 class ScheduleSettings(Frozen):
     """One Temporal schedule."""
 
@@ -164,6 +180,9 @@ class Settings(Frozen):
     """SQLAlchemy URL; empty means `<data>/countersign.db` in SQLite."""
     temporal: TemporalSettings = TemporalSettings()
     tiers: tuple[TierSettings, ...] = ()
+    tasks: dict[Name, TaskSettings] = Field(default_factory=dict)
+    budgets: tuple[Budget, ...] = ()
+    """What may be spent a day. A tier without a price takes no call that a budget covers."""
     embeddings: EmbeddingSettings | None = EmbeddingSettings()
     sites: tuple[SiteSettings, ...] = ()
     content: ContentSettings = ContentSettings()
@@ -187,6 +206,13 @@ class Settings(Frozen):
                 line = InitErrorDetails(type=kind, loc=(number, "name"), input=name)
                 raise ValidationError.from_exception_data("tiers", [line])
         return tiers
+
+    @field_validator("budgets")
+    @classmethod
+    def _budgets_differ(cls, budgets: tuple[Budget, ...]) -> tuple[Budget, ...]:
+        if same_scope(budgets) is not None:
+            raise _refused("two of them speak of the same tenant, agent and currency; keep one")
+        return budgets
 
     @property
     def database_url(self) -> str:

@@ -156,6 +156,58 @@ class ModelCall(SQLModel, table=True):
     prompt_tokens: int
     completion_tokens: int
     called_at: int = Field(sa_type=BIG, index=True)
+    usable: bool = True
+    """Whether the answer could be used; if not, another tier had to be asked."""
+    tenant: str = ""
+    reservation: str | None = Field(default=None, index=True)
+    """The money it was paid from."""
+    micros: int | None = Field(default=None, sa_type=BIG)
+    """What it cost in millionths of `currency`; unknown without a price."""
+    currency: str | None = None
+
+
+class BudgetRow(SQLModel, table=True):
+    """One budget on one day, in millionths of its currency. The cap stands in the settings."""
+
+    __tablename__ = "budget"  # pyright: ignore[reportAssignmentType]
+    account: str = Field(primary_key=True)
+    held: int = Field(default=0, sa_type=BIG)
+    spent: int = Field(default=0, sa_type=BIG)
+
+
+class ReservationRow(SQLModel, table=True):
+    """Money held for one call, until it is settled or its lease ends. Never deleted."""
+
+    __tablename__ = "reservation"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (Index("reservation_by_lease", "state", "expires_at"),)
+    tenant: str = Field(primary_key=True)
+    id: str = Field(primary_key=True)
+    workflow_id: str = Field(index=True)
+    agent: str
+    task: str
+    state: str
+    """held, settled or expired."""
+    accounts: str
+    """JSON list of the accounts it draws on."""
+    currency: str
+    worst: int = Field(sa_type=BIG)
+    """What is held, in millionths."""
+    spent: int = Field(default=0, sa_type=BIG)
+    """What the calls took so far."""
+    expires_at: int = Field(sa_type=BIG)
+
+
+class CacheRow(SQLModel, table=True):
+    """An answer that identical calls get again, until it expires or is retracted."""
+
+    __tablename__ = "cache_entry"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    key: str = Field(primary_key=True)
+    task: str
+    model: str
+    answered: str
+    """JSON of the answer; its text is a blob."""
+    expires_at: int = Field(sa_type=BIG, index=True)
 
 
 def table(model: type[SQLModel]) -> Table:

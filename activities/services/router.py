@@ -1,30 +1,69 @@
 """Asks one tier one question and lets only a checked answer out.
 
 The choice of tiers is `models.routing`; here its hard constraints are applied once more, because the caller's
-word that a tier may see the data is not enough. Retries nothing and falls back to nothing by itself.
+word that a tier may see the data is not enough. Retries nothing and falls back to nothing by itself. An
+answer, what it cost, and the end of the reservation that paid for it are one transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from jsonschema import Draft202012Validator
+from sqlalchemy import Connection
 
+from activities.services.admission import Admission
+from activities.services.breaker import Breaker, Breakers, Pass, Sign, sign_of_error
+from activities.services.budget import Spent, late_in, note_in, settle_in, tried_in
+from activities.services.cache import Cache, Key, Scope, key_of, put_in
+from activities.services.content import put_blob
+from activities.services.database import Database
 from activities.tiers.base import Endpoint
-from models.errors import InvalidInput, OutputInvalid, PolicyDenied, UnknownName
-from models.inference import Answered, Call, Completion, Inputs, Message, Prompt, Task
+from models.budget import micros
+from models.canonical import digest_of
+from models.errors import (
+    CountersignError,
+    CredentialsRejected,
+    DeadlineMissed,
+    Final,
+    IdentityChanged,
+    InvalidInput,
+    OutputInvalid,
+    PolicyDenied,
+    RateLimited,
+    TierUnavailable,
+    UnknownName,
+)
+from models.inference import (
+    Answered,
+    Call,
+    Completion,
+    Grant,
+    Inputs,
+    Message,
+    Needs,
+    Prompt,
+    Task,
+    attempt_of,
+)
 from models.loop import Cost, Ref
-from models.routing import needs_of, price, unsuitable
-from models.settings import TierSettings
+from models.routing import REPAIR_TOKENS, RoutePolicy, allowance, needs_of, price, prompt_tokens, unsuitable
+from models.settings import TaskSettings, TierSettings
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 MOST_OBJECTIONS = 5
 REPAIR = "That answer cannot be used:\n{objections}\nAnswer again in full and correct only this."
+PROBE = Prompt(messages=(Message(role="user", content="Say yes."),), max_tokens=1, temperature=0)
 RETOLD = "An earlier answer could not be used:\n{objections}\nAvoid this."
 
 
@@ -59,6 +98,25 @@ class Question:
     call: Call
     inputs: Inputs
     prompt: Prompt
+    own: Needs
+    """The hard constraints of this prompt."""
+    cache_seconds: int = 0
+    """How long the answer may be given again."""
+
+    @property
+    def mode(self) -> str:
+        """How the server is asked; one way may fail while another works."""
+        return "text" if self.schema is None else "json"
+
+    @property
+    def media_type(self) -> str:
+        """What the answer is."""
+        return TEXT if self.schema is None else JSON
+
+    def needs(self, again: Prompt) -> Needs:
+        """The hard constraints of a prompt that asks the same again: only its length differs."""
+        tokens = prompt_tokens(again) + again.max_tokens
+        return self.own.model_copy(update={"context_tokens": tokens, "answer_tokens": again.max_tokens})
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -78,8 +136,121 @@ class Question:
         return Examined(completion, text, objections, usable=True)
 
 
+@dataclass(slots=True)
+class _Try:
+    """One activity attempt at one tier: what it may do, and what it did so far."""
+
+    tenant: str
+    tier: TierSettings
+    question: Question
+    grant: Grant
+    number: int
+    spent: list[Spent] = field(default_factory=list[Spent])
+
+    def note(self, completion: Completion) -> None:
+        amount, currency = price(self.tier, completion.prompt_tokens, completion.completion_tokens)
+        self._add(
+            model=completion.model,
+            milliseconds=completion.milliseconds,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            micros=None if amount is None else micros(amount),
+            currency=currency,
+        )
+
+    def failed(self, error: BaseException, prompt: Prompt) -> None:
+        """A try without an answer: free if the server never worked on it, else unknown, so at its worst."""
+        attempt = attempt_of(error)
+        refused = isinstance(error, RateLimited | InvalidInput | CredentialsRejected | IdentityChanged)
+        free = refused or (attempt is not None and not attempt.sent)
+        self._add(usable=False, micros=0 if free else self._worst(prompt), currency=self.tier.currency)
+
+    def unusable(self) -> None:
+        """The answers of this try helped nobody."""
+        self.spent = [replace(one, usable=False) for one in self.spent]
+
+    def vanished(self, known: Sequence[str]) -> list[Spent]:
+        """Earlier tries here that ended with their process: what they took is unknown, so at its worst."""
+        reported = {name.rpartition("/")[0] for name in known}
+        earlier = [self._name(number) for number in range(1, self.number)]
+        paid = allowance(self.question.own, self.tier)
+        return [
+            self._spent(f"{name}/0", usable=False, micros=paid, currency=self.tier.currency)
+            for name in earlier
+            if name not in reported
+        ]
+
+    def _worst(self, prompt: Prompt) -> int | None:
+        needs = self.question.needs(prompt)
+        amount, _ = price(self.tier, needs.context_tokens - prompt.max_tokens, prompt.max_tokens)
+        return None if amount is None else micros(amount)
+
+    def _name(self, number: int) -> str:
+        return f"{self.grant.reservation}/{self.tier.name}/{number}"
+
+    def _add(self, **more: Any) -> None:
+        name = uuid.uuid4().hex
+        if self.grant.reservation is not None:
+            name = f"{self._name(self.number)}/{len(self.spent)}"
+        self.spent.append(self._spent(name, **more))
+
+    def _spent(self, name: str, **more: Any) -> Spent:
+        unknown: dict[str, Any] = {"model": "", "milliseconds": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        return Spent(
+            id=name,
+            tenant=self.tenant,
+            tier=self.tier.name,
+            task=self.question.task.name,
+            reservation=self.grant.reservation,
+            **(unknown | more),
+        )
+
+
+class Till:
+    """Where answers are kept and paid for, each in one transaction."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        """The clock says when a call was made."""
+        self._database = database
+        self._clock = clock
+
+    async def keep(
+        self, tried: _Try, answered: Callable[[Ref], Answered], text: str, cache: tuple[Key, int] | None
+    ) -> Answered:
+        """Store the text, note and settle what it took, and keep it for identical calls."""
+
+        def work(link: Connection) -> Answered:
+            made = answered(put_blob(link, tried.tenant, text.encode(), tried.question.media_type))
+            self._pay(link, tried, settle=True)
+            if cache is not None:
+                key, seconds = cache
+                put_in(link, key, made, tried.question.task.name, self._clock() + timedelta(seconds=seconds))
+            return made
+
+        return await self._database.write(work)
+
+    async def settle(self, tenant: str, reservation: str) -> None:
+        """Give back what a reservation holds beyond what was spent."""
+        await self._database.write(lambda link: settle_in(link, tenant, reservation))
+
+    async def pay(self, tried: _Try, settle: bool) -> None:
+        """Note what a call took that gave no new answer."""
+        if tried.spent or (settle and tried.grant.reservation is not None):
+            await self._database.write(lambda link: self._pay(link, tried, settle))
+
+    def _pay(self, link: Connection, tried: _Try, settle: bool) -> None:
+        reservation, spent = tried.grant.reservation, list(tried.spent)
+        if reservation is not None and tried.number > 1:
+            spent += tried.vanished(tried_in(link, tried.tenant, reservation))
+        for one in spent:
+            if note_in(link, one, self._clock()):
+                late_in(link, one)
+        if reservation is not None and settle:
+            settle_in(link, tried.tenant, reservation)
+
+
 class Answerer:
-    """The tiers of this process, each with its own limit of questions at once."""
+    """The tiers of this process: each with its door, its breakers, and one answer for identical calls."""
 
     def __init__(
         self,
@@ -87,43 +258,83 @@ class Answerer:
         endpoints: Mapping[str, Endpoint],
         tasks: Mapping[str, Task],
         contents: Contents,
+        *,
+        till: Till | None = None,
+        cache: Cache | None = None,
+        breakers: Breakers | None = None,
+        wanted: Mapping[str, TaskSettings] | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take settings and endpoints by tier name, tasks by name, and the content store."""
+        """Take settings and endpoints by tier name, tasks by name, and the content store.
+
+        Without a till answers are stored and nothing is booked; without a cache every call is made.
+        """
         self._tiers = {tier.name: tier for tier in tiers if tier.name in endpoints}
         self._endpoints = endpoints
         self._tasks = tasks
         self._contents = contents
-        self._slots = {tier.name: asyncio.Semaphore(tier.concurrency) for tier in tiers}
+        self._till = till
+        self._cache = cache
+        self._breakers = breakers or Breakers(ticks, random.random)
+        self._wanted = wanted or {}
+        self._clock = clock
+        self._doors = {tier.name: Admission(tier.concurrency, ticks) for tier in tiers}
+        self._models = {tier.name: tier.model for tier in tiers}
+        self._policy = digest_of(RoutePolicy.of(tiers).stored())
 
-    async def answer(self, tenant: str, call: Call, tier: str) -> Answered:
+    async def answer(
+        self, tenant: str, call: Call, tier: str, grant: Grant | None = None, attempt: int = 1
+    ) -> Answered:
         """Build the prompt, ask, check, ask once more if need be, and store the answer.
+
+        Args:
+            tenant: whose texts and money.
+            call: what is asked.
+            tier: where.
+            grant: money held for it and its deadline, as the router said.
+            attempt: which attempt of its activity this is, so that lost ones are paid for too.
 
         Raises:
             UnknownName: no such tier or task here.
             PolicyDenied: the tier may not take this call, whatever the caller says.
+            DeadlineMissed: nobody waits for the answer any more.
+            TierUnavailable: the tier failed, or its breaker is open.
             OutputInvalid: the answer breaks its schema even after one repair.
         """
+        grant = grant or Grant()
         settings = self._tier(tier)
-        question = await self._question(tenant, call)
-        permit(settings, question, question.prompt)
-        async with self._slots[tier]:
-            answers = await self._ask(settings, question)
-        best = best_of(answers)
-        if not best.usable:
-            raise OutputInvalid(
-                f"{call.task} on {tier}: the answer breaks its schema after {len(answers) - 1} repair "
-                f"({'; '.join(best.objections)}); try another tier"
-            )
-        media_type = TEXT if question.schema is None else JSON
-        ref = await self._contents.put(tenant, best.text.encode(), media_type)
-        return Answered(
-            text=ref,
-            tier=tier,
-            model=best.completion.model,
-            problems=best.objections,
-            repaired=best is not answers[0],
-            cost=cost_of(settings, [answer.completion for answer in answers]),
-        )
+        async with self._in_time(tenant, call, grant):
+            question = await self._question(tenant, call)
+            tried = _Try(tenant, settings, question, grant, attempt)
+            try:
+                permit(settings, question, question.prompt)
+                return await self._shared(tried)
+            except BaseException as error:
+                if _is_last_word(error):
+                    await self._book(tried, settle=True)
+                raise
+
+    @asynccontextmanager
+    async def _in_time(self, tenant: str, call: Call, grant: Grant) -> AsyncGenerator[None]:
+        if grant.deadline is None:
+            yield
+            return
+        left = (grant.deadline - self._clock()).total_seconds()
+        if left <= 0:
+            await self._end(tenant, grant)
+            raise DeadlineMissed(f"{call.task}: its deadline has passed; ask again with more time")
+        limit = asyncio.timeout(left)
+        try:
+            async with limit:
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            await self._end(tenant, grant)
+            raise DeadlineMissed(
+                f"{call.task}: no answer within the time somebody waits for it; allow more, or let it queue"
+            ) from None
 
     def _tier(self, name: str) -> TierSettings:
         if name not in self._tiers:
@@ -141,17 +352,164 @@ class Answerer:
             raise InvalidInput.field(
                 "answer_schema", None, f"{task.name} is structured; build it with a schema"
             )
-        return Question(task, call, inputs, prompt)
+        wanted = self._wanted.get(task.name, TaskSettings())
+        seconds = task.cache_seconds if wanted.cache_seconds is None else wanted.cache_seconds
+        needs = needs_of(task, call, prompt, inputs, wanted)
+        return Question(task, call, inputs, prompt, needs, seconds)
 
-    async def _ask(self, tier: TierSettings, question: Question) -> list[Examined]:
-        endpoint = self._endpoints[tier.name]
-        first = question.examine(await endpoint.complete(question.prompt))
+    async def _shared(self, tried: _Try) -> Answered:
+        """From the cache, from an identical call under way, or from the tier."""
+        key = self._key(tried, self._models[tried.tier.name])
+        if self._cache is None or key is None:
+            return await self._made(tried)
+        kept = await self._cache.get(key)
+        answered = kept if kept is not None else await self._cache.once(key, lambda: self._made(tried))
+        if not answered.cached:
+            return answered
+        await self._book(tried, settle=True)
+        return answered.model_copy(update={"cost": _nothing(tried.tier)})
+
+    def _key(self, tried: _Try, model: str) -> Key | None:
+        question = tried.question
+        if self._cache is None or question.cache_seconds == 0:
+            return None
+        needs = question.own
+        scope = Scope(
+            tenant=tried.tenant,
+            data_class=needs.data_class,
+            region=needs.region,
+            policy=self._policy,
+            tier=tried.tier.name,
+            model=model,
+            task=question.task.name,
+        )
+        return key_of(scope, question.prompt)
+
+    async def _made(self, tried: _Try) -> Answered:
+        """Ask the tier, and note what it took however it ends."""
+        try:
+            return await self._kept(tried)
+        except BaseException:
+            await self._book(tried, settle=False)
+            raise
+
+    async def _kept(self, tried: _Try) -> Answered:
+        tier, question = tried.tier, tried.question
+        answers = await self._asked(tried)
+        best = best_of(answers)
+        if not best.usable:
+            tried.unusable()
+            raise OutputInvalid(
+                f"{question.task.name} on {tier.name}: the answer breaks its schema after "
+                f"{len(answers) - 1} repair ({'; '.join(best.objections)}); try another tier"
+            )
+
+        def answered(ref: Ref) -> Answered:
+            return Answered(
+                text=ref,
+                tier=tier.name,
+                model=best.completion.model,
+                problems=best.objections,
+                repaired=best is not answers[0],
+                cost=cost_of(tier, [answer.completion for answer in answers]),
+            )
+
+        if self._till is None:
+            return answered(await self._contents.put(tried.tenant, best.text.encode(), question.media_type))
+        key = self._key(tried, best.completion.model) if not best.objections else None
+        kept = None if key is None else (key, question.cache_seconds)
+        return await self._till.keep(tried, answered, best.text, kept)
+
+    async def _asked(self, tried: _Try) -> list[Examined]:
+        tier = tried.tier.name
+        breaker = self._breakers.of(tier, self._models[tier], tried.question.mode)
+        schemas = self._schemas(tried)
+        await self._pass(tier, breaker)
+        judging = schemas is not None and _judged(tier, schemas)
+        door = self._doors[tier]
+        door.share = breaker.share
+        try:
+            async with door.entered():
+                answers = await self._ask(tried, breaker)
+        except BaseException:
+            if schemas is not None and judging:
+                schemas.abandoned()
+            raise
+        if schemas is not None:
+            _judge(schemas, best_of(answers).usable, judging)
+        return answers
+
+    def _schemas(self, tried: _Try) -> Breaker | None:
+        """The breaker of structured output: this schema, on this tier, with this model."""
+        schema, tier = tried.question.schema, tried.tier.name
+        if schema is None:
+            return None
+        text = json.dumps(schema, sort_keys=True)
+        return self._breakers.of(f"schema of {tier}", self._models[tier], text)
+
+    async def _pass(self, tier: str, breaker: Breaker) -> None:
+        match breaker.ask():
+            case Pass.GO:
+                return
+            case Pass.STOP:
+                raise TierUnavailable(f"{tier}: its breaker is open after failures; try another tier")
+            case Pass.PROBE:
+                await self._probe(tier, breaker)
+
+    async def _probe(self, tier: str, breaker: Breaker) -> None:
+        """Generate one token; a health page that says yes is not enough."""
+        try:
+            await self._endpoints[tier].complete(PROBE)
+        except CountersignError as error:
+            # Back-pressure means that the server works; so does a refusal of this very prompt.
+            alive = sign_of_error(error) not in (Sign.FAULT, Sign.UNREACHED)
+            breaker.probed(alive)
+            if not alive:
+                raise
+        except BaseException:
+            breaker.abandoned()
+            raise
+        else:
+            breaker.probed(alive=True)
+
+    async def _ask(self, tried: _Try, breaker: Breaker) -> list[Examined]:
+        question = tried.question
+        first = question.examine(await self._complete(tried, breaker, question.prompt))
         if not first.objections:
             return [first]
         for again in (repair(question.prompt, first), retold(question.prompt, first)):
-            if refusal(tier, question, again) is None:
-                return [first, question.examine(await endpoint.complete(again))]
+            if refusal(tried.tier, question, again) is None and _is_paid_for(tried, again):
+                return [first, question.examine(await self._complete(tried, breaker, again))]
         return [first]
+
+    async def _complete(self, tried: _Try, breaker: Breaker, prompt: Prompt) -> Completion:
+        tier = tried.tier.name
+        door = self._doors[tier]
+        if tried.grant.deadline is not None and self._clock() >= tried.grant.deadline:
+            raise DeadlineMissed(f"{tried.question.task.name}: its deadline has passed; allow more time")
+        try:
+            completion = await self._endpoints[tier].complete(prompt)
+        except BaseException as error:
+            sign = sign_of_error(error)
+            breaker.saw(sign)
+            if sign is Sign.PRESSURE:
+                door.pressed()
+            tried.failed(error, prompt)
+            raise
+        breaker.saw(Sign.GOOD)
+        door.share = breaker.share
+        door.good()
+        self._models[tier] = completion.model
+        tried.note(completion)
+        return completion
+
+    async def _end(self, tenant: str, grant: Grant) -> None:
+        if self._till is not None and grant.reservation is not None:
+            await self._till.settle(tenant, grant.reservation)
+
+    async def _book(self, tried: _Try, settle: bool) -> None:
+        if self._till is not None:
+            await self._till.pay(tried, settle)
 
 
 def permit(tier: TierSettings, question: Question, prompt: Prompt) -> None:
@@ -169,7 +527,7 @@ def permit(tier: TierSettings, question: Question, prompt: Prompt) -> None:
 
 def refusal(tier: TierSettings, question: Question, prompt: Prompt) -> str | None:
     """Why the tier may not take this prompt; `None` if it may."""
-    return unsuitable(needs_of(question.task, question.call, prompt), tier)
+    return unsuitable(question.needs(prompt), tier)
 
 
 def repair(prompt: Prompt, answer: Examined) -> Prompt:
@@ -227,3 +585,44 @@ def _objection(error: Any) -> str:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _nothing(tier: TierSettings) -> Cost:
+    """What an answer costs that was there already; in no currency where the tier has none."""
+    amount = "0" if tier.currency is not None else None
+    return Cost(amount=amount, currency=tier.currency, milliseconds=0, tokens=0)
+
+
+def _is_last_word(error: BaseException) -> bool:
+    """Whether nobody will try again after this error, so that its money can be settled."""
+    return isinstance(error, Final) and not isinstance(
+        error, OutputInvalid | CredentialsRejected | IdentityChanged
+    )
+
+
+def _is_paid_for(tried: _Try, again: Prompt) -> bool:
+    """Whether the money that is held covers asking again; see `models.routing.allowance`."""
+    if tried.grant.reservation is None:
+        return True
+    first = tried.question.own
+    room = first.context_tokens + (first.answer_tokens or 0) + REPAIR_TOKENS
+    return tried.question.needs(again).context_tokens <= room
+
+
+def _judged(tier: str, schemas: Breaker) -> bool:
+    """Whether this call is the one that tries out a schema that failed; refuse it while it must not."""
+    match schemas.ask():
+        case Pass.GO:
+            return False
+        case Pass.PROBE:
+            return True
+        case Pass.STOP:
+            raise OutputInvalid(f"{tier}: it broke this schema several times in a row; try another tier")
+
+
+def _judge(schemas: Breaker, kept: bool, judging: bool) -> None:
+    if judging:
+        schemas.probed(kept)
+    else:
+        # In a row is what counts for a schema, as it does for connections.
+        schemas.saw(Sign.GOOD if kept else Sign.UNREACHED)

@@ -1,18 +1,140 @@
-"""The router as a worker runs it: build the prompt, apply the pure rule, put the choice on record."""
+"""The router as a worker runs it: read the call, look around, decide, hold the money, put it on record.
+
+Decision, reservation and record are one transaction, and the record is the decision: who comes again with the
+same event id gets what stands there, whatever has changed since.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol
 
-from activities.services.content import ContentStore
-from activities.services.ledger_store import LedgerStore
+from sqlalchemy import Connection, select
+
+from activities.services.breaker import Breakers, Sign
+from activities.services.budget import Hold, opened_in, reserve_in, settle_in
+from activities.services.cache import Cache, Scope, key_of
+from activities.services.content import JSON, ContentStore, get_blob, put_blob
+from activities.services.database import Database
+from activities.services.ledger_store import EVENT, LedgerStore, add_in
+from models.budget import Account, Budget, accounts_of
+from models.canonical import canonical, sha256
 from models.errors import UnknownName
-from models.inference import Task
+from models.inference import Grant, Needs, Prompt, Task
 from models.ledger import Draft, EventType, route_stream
+from models.loop import Cost
 from models.orders import Fell, Routed, RouteOrder
-from models.routing import estimate, needs_of, route
-from models.settings import TierSettings
+from models.routing import (
+    Decision,
+    Measured,
+    RoutePolicy,
+    RouteRecord,
+    Snapshot,
+    Telemetry,
+    Wish,
+    averaged,
+    decide,
+    estimate,
+    needs_of,
+    price,
+)
+from models.settings import TaskSettings, TierSettings
+from models.tables import ModelCall, table
 from models.visibility import infer_queue
+
+CALL = table(ModelCall)
+SEEN = 200
+"""Calls of a task that its measurements rest on."""
+ENOUGH = 20
+"""Fewer answers say nothing of how many fail."""
+FRESH = timedelta(seconds=10)
+"""How long measurements are believed."""
+FAULTS = frozenset({"TierUnavailable", "TimeoutError"})
+"""Types of failure that speak of the tier."""
+
+
+class Sensing(Protocol):
+    """What is known of tiers right now."""
+
+    async def of(self, task: str) -> Mapping[str, Telemetry]:
+        """Telemetry by tier, for one task."""
+        ...
+
+    def fell(self, tier: str, kind: str) -> None:
+        """A tier failed a call with this type of error."""
+        ...
+
+
+class Measurements:
+    """Telemetry from the calls on record, and from what failed in this process's sight."""
+
+    def __init__(
+        self,
+        database: Database,
+        tiers: Sequence[TierSettings],
+        clock: Callable[[], datetime],
+        breakers: Breakers | None = None,
+    ) -> None:
+        """Breakers given here are hints from fallbacks; the ones that decide stand beside the endpoints."""
+        self._database = database
+        self._tiers = tiers
+        self._clock = clock
+        self._breakers = breakers
+        self._known: dict[str, tuple[datetime, Mapping[str, Telemetry]]] = {}
+
+    async def of(self, task: str) -> Mapping[str, Telemetry]:
+        """Averages of the last calls of the task, not older than `FRESH`."""
+        now = self._clock()
+        read, known = self._known.get(task, (None, {}))
+        if read is None or now - read >= FRESH:
+            known = await self._database.read(lambda link: self._measured(link, task))
+            self._known[task] = (now, known)
+        if self._breakers is None:
+            return known
+        return {name: self._hinted(name, one) for name, one in known.items()}
+
+    def fell(self, tier: str, kind: str) -> None:
+        """Count it, if the type speaks of the tier."""
+        if self._breakers is not None and kind in FAULTS:
+            self._breakers.of(tier).saw(Sign.FAULT)
+
+    def _hinted(self, name: str, known: Telemetry) -> Telemetry:
+        open_here = self._breakers is not None and self._breakers.of(name).is_open
+        return known.model_copy(update={"suspended": True}) if open_here else known
+
+    def _measured(self, link: Connection, task: str) -> Mapping[str, Telemetry]:
+        query = select(CALL).where(CALL.c.task == task).order_by(CALL.c.called_at.desc()).limit(SEEN)
+        rows = link.execute(query).all()
+        return {
+            tier.name: telemetry_of(tier, [row for row in rows if row.tier == tier.name])
+            for tier in self._tiers
+        }
+
+
+def telemetry_of(tier: TierSettings, calls: Sequence[Any]) -> Telemetry:
+    """What rows of `model_call` say of a tier for one task, newest first."""
+    answered = [call for call in calls if call.model]
+    if not calls or not answered:
+        return Telemetry()
+    seen = averaged(_cost(tier, call) for call in answered)
+    times = sorted(call.milliseconds for call in answered)
+    more: dict[str, int] = {"slow_milliseconds": times[len(times) * 19 // 20]}
+    if len(calls) >= ENOUGH:
+        more["escalated_permille"] = sum(not call.usable for call in calls) * 1000 // len(calls)
+    measured = Measured.model_validate(seen.model_dump() | more)
+    return Telemetry(model=answered[0].model, measured=measured)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    order: RouteOrder
+    wish: Wish
+    known: Mapping[str, Telemetry]
+    accounts: tuple[Account, ...]
+    now: datetime
 
 
 class Routes:
@@ -24,46 +146,159 @@ class Routes:
         tasks: Mapping[str, Task],
         content: ContentStore,
         ledger: LedgerStore,
+        *,
+        database: Database | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        wanted: Mapping[str, TaskSettings] | None = None,
+        budgets: Sequence[Budget] = (),
+        sensing: Sensing | None = None,
+        cache: Cache | None = None,
     ) -> None:
-        """Tiers in the order of the settings, tasks by name."""
+        """Tiers in the order of the settings, tasks by name, and what settings want of tasks."""
         self._tiers = {tier.name: tier for tier in tiers}
         self._tasks = tasks
         self._content = content
-        self._ledger = ledger
+        self._database = database or ledger._database  # pyright: ignore[reportPrivateUsage]
+        self._clock = clock
+        self._wanted = wanted or {}
+        self._budgets = tuple(budgets)
+        self._sensing: Sensing = sensing or Measurements(self._database, tiers, clock)
+        self._cache = cache
+        self._policy = canonical(RoutePolicy.of(tiers).stored())
+        self._digest = sha256(self._policy)
+        self._kept: set[str] = set()
+        """Tenants whose content store holds the policy."""
 
     async def route(self, order: RouteOrder) -> Routed:
-        """Choose a tier and at most one fallback, and record every candidate.
+        """Choose a tier and at most one fallback, hold what they may cost, and record every candidate.
 
         Raises:
             UnknownName: no such task.
             PolicyDenied: no tier may take the call.
+            BudgetExceeded: none that a budget has room for.
+            DeadlineMissed: none that can be expected to answer in time.
         """
         task = self._task(order.call.task)
-        inputs = {
-            name: await self._content.text(order.tenant, ref) for name, ref in order.call.inputs.items()
-        }
-        needs = needs_of(task, order.call, task.build(inputs, order.call.params))
-        chosen = route(task.name, needs, tuple(self._tiers.values()), task.prefer)
-        await self._ledger.add(
-            order.tenant,
-            _draft(order.workflow_id, order.event_id, EventType.ROUTE, order.agent).model_copy(
-                update={
-                    "body": {"route": chosen.model_dump(mode="json"), "needs": needs.model_dump(mode="json")}
-                }
-            ),
+        wanted = self._wanted.get(task.name, TaskSettings())
+        prompt, needs = await self._needs(task, order, wanted)
+        now = self._clock()
+        asked = _Asked(
+            order=order,
+            wish=Wish(task=task.name, prefer=task.prefer, needs=needs),
+            known=await self._known(task, wanted, order, prompt, needs),
+            accounts=accounts_of(self._budgets, order.tenant, order.agent, now),
+            now=now,
         )
-        first = self._tiers[chosen.tiers[0]]
-        return Routed(
-            route=chosen,
-            queues=tuple(infer_queue(name, self._tiers[name].region) for name in chosen.tiers),
-            estimated=estimate(needs, first),
-        )
+        record = await self._database.write(lambda link: self._recorded(link, asked))
+        self._kept.add(order.tenant)
+        record.decision().raise_refusal()
+        return self._routed(record, wanted)
 
     async def fell(self, fell: Fell) -> None:
         """Record that a tier failed and what is tried next."""
+        self._sensing.fell(fell.tier, fell.kind)
         draft = _draft(fell.workflow_id, fell.event_id, EventType.FALLBACK, "router")
         body = {"task": fell.task, "tier": fell.tier, "to": fell.to, "reason": fell.reason}
-        await self._ledger.add(fell.tenant, draft.model_copy(update={"body": body}))
+        now = self._clock()
+
+        def work(link: Connection) -> None:
+            add_in(link, fell.tenant, draft.model_copy(update={"body": body}), now)
+            if fell.to is None and fell.reservation is not None:
+                settle_in(link, fell.tenant, fell.reservation)
+
+        await self._database.write(work)
+
+    async def _needs(self, task: Task, order: RouteOrder, wanted: TaskSettings) -> tuple[Prompt, Needs]:
+        call, tenant = order.call, order.tenant
+
+        def texts(link: Connection) -> dict[str, str]:
+            return {name: get_blob(link, tenant, ref.digest).decode() for name, ref in call.inputs.items()}
+
+        inputs = await self._database.read(texts) if call.inputs else {}
+        prompt = task.build(inputs, call.params)
+        return prompt, needs_of(task, call, prompt, inputs, wanted)
+
+    async def _known(
+        self, task: Task, wanted: TaskSettings, order: RouteOrder, prompt: Prompt, needs: Needs
+    ) -> Mapping[str, Telemetry]:
+        known = await self._sensing.of(task.name)
+        seconds = task.cache_seconds if wanted.cache_seconds is None else wanted.cache_seconds
+        if self._cache is None or seconds == 0:
+            return known
+        return {
+            name: one.model_copy(update={"cached": await self._is_cached(name, one, order, prompt, needs)})
+            for name, one in known.items()
+        }
+
+    async def _is_cached(
+        self, tier: str, known: Telemetry, order: RouteOrder, prompt: Prompt, needs: Needs
+    ) -> bool:
+        if self._cache is None or known.model is None:
+            return False
+        scope = Scope(
+            tenant=order.tenant,
+            data_class=needs.data_class,
+            region=needs.region,
+            policy=self._digest,
+            tier=tier,
+            model=known.model,
+            task=order.call.task,
+        )
+        return await self._cache.get(key_of(scope, prompt)) is not None
+
+    def _recorded(self, link: Connection, asked: _Asked) -> RouteRecord:
+        """The route that stands under the order's event id; made now if there is none."""
+        order = asked.order
+        standing = _standing(link, order)
+        if standing is not None:
+            return standing
+        accounts = opened_in(link, asked.accounts, asked.now)
+        snapshot = Snapshot(tiers=dict(asked.known), accounts=accounts)
+        decision = decide(asked.wish, tuple(self._tiers.values()), snapshot)
+        record = self._record(asked, snapshot, decision)
+        if record.reservation is not None:
+            reserve_in(link, _hold(asked, decision, record.reservation), asked.now)
+        if order.tenant not in self._kept:
+            put_blob(link, order.tenant, self._policy, JSON)
+        body = record.model_dump(mode="json", exclude_defaults=True)
+        body |= {"route": record.route.model_dump(mode="json"), "needs": record.needs.model_dump(mode="json")}
+        draft = _draft(order.workflow_id, order.event_id, EventType.ROUTE, order.agent)
+        add_in(link, order.tenant, draft.model_copy(update={"body": body}), asked.now)
+        return record
+
+    def _record(self, asked: _Asked, snapshot: Snapshot, decision: Decision) -> RouteRecord:
+        within = asked.wish.needs.within_milliseconds
+        deadline = None
+        if within is not None and not decision.route.queued:
+            deadline = asked.now + timedelta(milliseconds=within)
+        return RouteRecord(
+            route=decision.route,
+            needs=asked.wish.needs,
+            prefer=asked.wish.prefer,
+            policy=self._digest,
+            snapshot=snapshot,
+            snapshot_digest=snapshot.digest(),
+            refused_as=decision.refused_as,
+            refusal=decision.refusal,
+            holds=decision.holds,
+            currency=decision.currency,
+            reservation=asked.order.event_id if decision.holds is not None else None,
+            deadline=deadline,
+        )
+
+    def _routed(self, record: RouteRecord, wanted: TaskSettings) -> Routed:
+        first = self._tiers.get(record.route.tiers[0])
+        measured = record.snapshot.of(record.route.tiers[0]).measured
+        return Routed(
+            route=record.route,
+            queues=tuple(infer_queue(name, self._region(name)) for name in record.route.tiers),
+            estimated=estimate(record.needs, first, measured) if first is not None else Cost(),
+            grant=Grant(reservation=record.reservation, deadline=record.deadline, priority=wanted.priority),
+        )
+
+    def _region(self, tier: str) -> str | None:
+        settings = self._tiers.get(tier)
+        return settings.region if settings is not None else None
 
     def _task(self, name: str) -> Task:
         try:
@@ -71,6 +306,32 @@ class Routes:
         except KeyError:
             known = ", ".join(sorted(self._tasks)) or "none"
             raise UnknownName(f"task: {name!r} is not registered; known: {known}") from None
+
+
+def _standing(link: Connection, order: RouteOrder) -> RouteRecord | None:
+    wanted = (EVENT.c.log_id == order.tenant) & (EVENT.c.event_id == order.event_id)
+    envelope = link.execute(select(EVENT.c.envelope).where(wanted)).scalar_one_or_none()
+    return None if envelope is None else RouteRecord.model_validate(json.loads(envelope)["body"])
+
+
+def _hold(asked: _Asked, decision: Decision, reservation: str) -> Hold:
+    order = asked.order
+    return Hold(
+        tenant=order.tenant,
+        id=reservation,
+        workflow_id=order.workflow_id,
+        agent=order.agent,
+        task=order.call.task,
+        accounts=tuple(account.name for account in asked.accounts),
+        currency=decision.currency or "",
+        worst=decision.holds or 0,
+    )
+
+
+def _cost(tier: TierSettings, call: Any) -> Cost:
+    amount, currency = price(tier, call.prompt_tokens, call.completion_tokens)
+    tokens = call.prompt_tokens + call.completion_tokens
+    return Cost(amount=amount, currency=currency, milliseconds=call.milliseconds, tokens=tokens)
 
 
 def _draft(workflow_id: str, event_id: str, kind: EventType, actor: str) -> Draft:

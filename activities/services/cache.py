@@ -1,0 +1,173 @@
+"""The exact cache: one answer for identical calls of one tenant, and one call for those that come together.
+
+An entry's key covers everything the answer depends on and everything that limits who may see it. SQL holds
+the truth; a process keeps what it used lately and asks again after a second, so that a retraction is heard
+everywhere by then. Nothing here is similar to anything: texts are the same to the byte, or they differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import Connection, delete, select
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from activities.services.database import Database, from_micros, to_micros
+from models.canonical import sha256
+from models.inference import Answered, DataClass, Prompt
+from models.tables import CacheRow, table
+
+CACHE = table(CacheRow)
+FRESH = timedelta(seconds=1)
+"""How long a process believes what it read."""
+MOST = 4096
+"""Entries a process keeps."""
+
+Key = tuple[str, str]
+"""Tenant and digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What an answer depends on besides the prompt; a call outside it never sees the answer."""
+
+    tenant: str
+    data_class: DataClass
+    region: str | None
+    policy: str
+    """Digest of the policy; another policy starts with an empty cache."""
+    tier: str
+    model: str
+    """Identity of the model that answered."""
+    task: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    answered: Answered | None
+    expires: datetime
+    read: datetime
+
+
+@dataclass(slots=True)
+class _Flight:
+    task: asyncio.Future[Answered]
+    waiting: int = 0
+
+    async def wait(self) -> Answered:
+        self.waiting += 1
+        try:
+            return await asyncio.shield(self.task)
+        finally:
+            self.waiting -= 1
+            if self.waiting == 0 and not self.task.done():
+                self.task.cancel()
+
+
+class Cache:
+    """Answers by key, for every process on one database."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        """The clock ends entries."""
+        self._database = database
+        self._clock = clock
+        self._kept: OrderedDict[Key, _Kept] = OrderedDict()
+        self._flights: dict[Key, _Flight] = {}
+
+    async def get(self, key: Key) -> Answered | None:
+        """The answer, marked as cached, unless it expired, was retracted, or never was."""
+        now = self._clock()
+        kept = self._kept.get(key)
+        if kept is None or now - kept.read >= FRESH:
+            kept = await self._database.read(lambda link: _read(link, key, now))
+            self._keep(key, kept)
+        return kept.answered if kept.expires > now else None
+
+    async def once(self, key: Key, make: Callable[[], Awaitable[Answered]]) -> Answered:
+        """Make an answer, or wait for the identical call that is making it.
+
+        A caller that gives up leaves the others alone; when all have given up the call is cancelled.
+        """
+        flight = self._flights.get(key)
+        first = flight is None or flight.task.done()
+        if flight is None or first:
+            flight = self._flights[key] = _Flight(asyncio.ensure_future(_awaited(make)))
+        try:
+            answered = await flight.wait()
+        finally:
+            if flight.waiting == 0 and self._flights.get(key) is flight:
+                del self._flights[key]
+        return answered if first else answered.model_copy(update={"cached": True})
+
+    async def retract(self, tenant: str, digest: str | None = None, task: str | None = None) -> int:
+        """Take back one answer, all of a task, or all of a tenant; heard everywhere within a second."""
+        wanted = CACHE.c.tenant == tenant
+        if digest is not None:
+            wanted &= CACHE.c.key == digest
+        if task is not None:
+            wanted &= CACHE.c.task == task
+        gone = await self._database.write(lambda link: link.execute(delete(CACHE).where(wanted)).rowcount)
+        self._kept.clear()
+        return gone
+
+    def forget_read(self, key: Key) -> None:
+        """Read an entry again before it is believed; after this process wrote it."""
+        self._kept.pop(key, None)
+
+    def _keep(self, key: Key, kept: _Kept) -> None:
+        if kept.answered is None:
+            # What is not there may come any moment, from any process.
+            self._kept.pop(key, None)
+            return
+        self._kept[key] = kept
+        self._kept.move_to_end(key)
+        while len(self._kept) > MOST:
+            self._kept.popitem(last=False)
+
+
+def key_of(scope: Scope, prompt: Prompt) -> Key:
+    """Name what identical calls share: scope, messages, schema and sampling."""
+    parts = [
+        *(scope.data_class, scope.region or "", scope.policy, scope.tier, scope.model, scope.task),
+        prompt.model_dump_json(),
+    ]
+    # Lengths first, so that no two lists of parts read the same.
+    return scope.tenant, sha256("".join(f"{len(part)}:{part}" for part in parts).encode())
+
+
+def put_in(link: Connection, key: Key, answered: Answered, task: str, until: datetime) -> None:
+    """Keep an answer, in the transaction that stores its text."""
+    tenant, digest = key
+    values = {
+        "task": task,
+        "model": answered.model,
+        "answered": answered.model_dump_json(),
+        "expires_at": to_micros(until),
+    }
+    insert = sqlite_insert if link.dialect.name == "sqlite" else pg_insert
+    made = insert(CACHE).values(tenant=tenant, key=digest, **values)
+    link.execute(made.on_conflict_do_update(index_elements=["tenant", "key"], set_=values))
+
+
+def sweep_in(link: Connection, now: datetime) -> int:
+    """Delete what expired; returns how many."""
+    return link.execute(delete(CACHE).where(CACHE.c.expires_at <= to_micros(now))).rowcount
+
+
+def _read(link: Connection, key: Key, now: datetime) -> _Kept:
+    tenant, digest = key
+    query = select(CACHE.c.answered, CACHE.c.expires_at).where(CACHE.c.tenant == tenant)
+    row = link.execute(query.where(CACHE.c.key == digest)).first()
+    if row is None:
+        return _Kept(None, now, now)
+    answered = Answered.model_validate_json(row.answered)
+    return _Kept(answered.model_copy(update={"cached": True}), from_micros(row.expires_at), now)
+
+
+async def _awaited(make: Callable[[], Awaitable[Answered]]) -> Answered:
+    return await make()

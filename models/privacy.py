@@ -1,0 +1,117 @@
+"""Personal data found by rules. What is found raises a data class and never lowers one.
+
+Rules find what has a form: e-mail addresses, phone numbers, payment cards, bank accounts, IP addresses. They
+do not find names; a caller that knows better says so with the data class of its call.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+
+from models.inference import DataClass
+
+
+class Kind(StrEnum):
+    """Forms of personal data."""
+
+    EMAIL = "email"
+    PHONE = "phone"
+    CARD = "card"
+    IBAN = "iban"
+    IP = "ip"
+
+
+_EMAIL = re.compile(r"[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])")
+_PHONE = re.compile(
+    r"(?<![\w.+])(?:\+|00)[1-9](?:[ ./()-]{0,2}\d){6,14}(?!\w)"
+    r"|(?<![\w.+-])0\d{1,4}[ /-]\d[\d -]{4,10}\d(?!\w)"
+)
+_CARD = re.compile(r"(?<![\w.])\d(?:[ -]?\d){12,18}(?!\w)")
+_IBAN = re.compile(r"(?<!\w)[A-Za-z]{2}\d{2}(?: ?[A-Za-z0-9]){11,30}(?!\w)")
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
+_IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(?![\w:])")
+_NOT_DIGIT = re.compile(r"\D")
+
+# The lengths and beginnings that payment networks give out; other numbers with a good check digit abound.
+_NETWORK = re.compile(
+    r"4\d{12}(?:\d{3})?(?:\d{3})?|5[1-5]\d{14}|2[2-7]\d{14}|3[47]\d{13}|3[0689]\d{12}|6\d{15,18}"
+)
+
+
+def found_in(text: str) -> frozenset[Kind]:
+    """Which forms of personal data stand in a text."""
+    return frozenset(kind for kind, finds in _RULES.items() if finds(text))
+
+
+def raised(data_class: DataClass, texts: Iterable[str]) -> DataClass:
+    """`personal` if a text holds personal data, else the class as it was."""
+    if data_class is DataClass.PERSONAL:
+        return data_class
+    personal = any(finds(text) for text in texts for finds in _RULES.values())
+    return DataClass.PERSONAL if personal else data_class
+
+
+def luhn(digits: str) -> bool:
+    """Whether the last digit is the check digit of the others (ISO/IEC 7812-1)."""
+    total = 0
+    for place, digit in enumerate(reversed(digits)):
+        value = int(digit) * (2 if place % 2 else 1)
+        total += value - 9 if value > 9 else value
+    return total % 10 == 0
+
+
+def mod97(iban: str) -> bool:
+    """Whether the check digits of a bank account number are right (ISO 13616)."""
+    turned = iban[4:] + iban[:4]
+    return int("".join(str(int(letter, 36)) for letter in turned)) % 97 == 1
+
+
+def _email(text: str) -> bool:
+    return "@" in text and _EMAIL.search(text) is not None
+
+
+def _phone(text: str) -> bool:
+    return _PHONE.search(text) is not None
+
+
+def _card(text: str) -> bool:
+    numbers = (_NOT_DIGIT.sub("", match.group()) for match in _CARD.finditer(text))
+    return any(_NETWORK.fullmatch(number) is not None and luhn(number) for number in numbers)
+
+
+def _iban(text: str) -> bool:
+    return any(_is_iban(match.group()) for match in _IBAN.finditer(text))
+
+
+def _is_iban(written: str) -> bool:
+    # The words after an account number look like more of it, so shorter readings count too.
+    parts = written.split(" ")
+    readings = ("".join(parts[: count + 1]) for count in range(len(parts)))
+    return any(15 <= len(one) <= 34 and one.isascii() and mod97(one) for one in readings)
+
+
+def _ip(text: str) -> bool:
+    if any(_is_ip(match.group()) for match in _IPV4.finditer(text)):
+        return True
+    return text.count(":") > 1 and any(_is_ip(match.group().rstrip(".:")) for match in _IPV6.finditer(text))
+
+
+def _is_ip(written: str) -> bool:
+    try:
+        address = ipaddress.ip_address(written)
+    except ValueError:
+        return False
+    # One's own machine is nobody's address.
+    return not (address.is_loopback or address.is_unspecified)
+
+
+_RULES: dict[Kind, Callable[[str], bool]] = {
+    Kind.EMAIL: _email,
+    Kind.PHONE: _phone,
+    Kind.CARD: _card,
+    Kind.IBAN: _iban,
+    Kind.IP: _ip,
+}
