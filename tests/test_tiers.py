@@ -1,5 +1,6 @@
 import asyncio
 import json
+from collections import deque
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -10,24 +11,26 @@ from jsonschema import validate
 from pydantic import ValidationError
 
 from activities.tiers.llama_cpp import LlamaCpp
+from activities.tiers.openai_compatible import OpenAICompatible
 from activities.tiers.scripted import Scripted
 from activities.tiers.tgi import Tgi
 from activities.tiers.wire import http_client
 from models.errors import (
     CredentialsRejected,
+    IdentityChanged,
     InvalidInput,
     OutputInvalid,
     RateLimited,
     TierUnavailable,
 )
-from models.inference import Completion, Message, Prompt
+from models.inference import Completion, Ending, Message, Prompt, TimeLimit, attempt_of
 from models.routing import prompt_tokens, tokens_from_above
 from models.settings import TierSettings
 from tests import tgi_stub
 from tests.model_servers import model_server
 from tests.tgi_stub import CHAT, TgiStub, described
 
-KINDS = {"llama_cpp": LlamaCpp, "tgi": Tgi}
+KINDS = {"llama_cpp": LlamaCpp, "tgi": Tgi, "openai_compatible": OpenAICompatible}
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -80,7 +83,7 @@ async def test_a_good_answer_carries_the_servers_own_identity_and_counts(kind):
     answer = await saying(kind, 200, GOOD).complete(asking())
     assert (answer.text, answer.finish) == ("Hello.", "stop")
     assert (answer.prompt_tokens, answer.completion_tokens) == (5, 2)
-    assert answer.model == {"llama_cpp": "a-model", "tgi": "a-model@abc"}[kind]
+    assert answer.model == ("a-model@abc" if kind == "tgi" else "a-model")
 
 
 async def test_a_cut_answer_says_length(kind):
@@ -172,10 +175,24 @@ async def test_retry_after_is_handed_on_up_to_an_hour(kind, header, least, most)
 TOO_LONG = {
     "llama_cpp": (400, {"error": {"message": "exceeds", "type": "exceed_context_size_error"}}),
     "tgi": (422, {"error": "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 2048."}),
+    "openai_compatible": (
+        400,
+        {"object": "error", "message": "This model's maximum context length is 4096 tokens.", "code": 400},
+    ),
 }
 NO_SCHEMA = {
     "llama_cpp": (400, {"error": {"message": "JSON schema error at #/a", "type": "invalid_request_error"}}),
     "tgi": (422, {"error": "Input validation error: grammar is not supported", "error_type": "validation"}),
+    "openai_compatible": (
+        400,
+        {
+            "error": {
+                "message": "Invalid JSON schema: no such keyword",
+                "type": "BadRequestError",
+                "code": 400,
+            }
+        },
+    ),
 }
 
 
@@ -207,29 +224,62 @@ async def test_a_loading_llama_cpp_says_when_to_ask_again():
     assert caught.value.next_retry_delay is not None
 
 
-async def test_identity_is_asked_again_after_a_while_and_after_an_outage(kind):
-    names = iter(["one", "two", "three"])
-    now = [0.0]
-    down = [False]
+def naming(kind, names, down, now, **more):
+    """A tier whose server calls its model by the next name each time it is asked."""
 
     def handler(request):
         if down[0]:
             raise httpx.ConnectError("down")
         if request.url.path == "/v1/chat/completions":
-            return httpx.Response(200, json=GOOD)
-        name = next(names)
-        return httpx.Response(200, json={"data": [{"id": name}], "model_id": name})
+            return httpx.Response(200, json=GOOD | {"model": "tgi"})
+        name = names.popleft() if len(names) > 1 else names[0]
+        return httpx.Response(200, json={"data": [{"id": name}], "model_id": name, "model_sha": "abc"})
 
-    settings = TierSettings(name="edge", kind=kind, url="http://model")
-    tier = KINDS[kind](settings, http_client(settings, httpx.MockTransport(handler)), lambda: now[0])
-    assert [(await tier.complete(asking())).model for _ in range(2)] == ["one", "one"]
+    settings = TierSettings(name="edge", kind=kind, url="http://model", **more)
+    return KINDS[kind](settings, http_client(settings, httpx.MockTransport(handler)), lambda: now[0])
+
+
+async def test_identity_is_asked_again_after_a_while_and_after_an_outage(kind):
+    # llama.cpp names its model in answers, and the one named here is another, so it is asked each time.
+    names, now, down = deque(["one"] * 3 + ["two"]), [0.0], [False]
+    tier = naming(kind, names, down, now)
+    await tier.complete(asking())
+    names.clear()
+    names.append("one")
+    await tier.complete(asking())
+    names[0] = "two"
     now[0] = 100.0
-    assert (await tier.complete(asking())).model == "two"
+    with pytest.raises(IdentityChanged, match="runs 'two.*not 'one"):
+        await tier.complete(asking())
+    names[0] = "one"
     down[0] = True
     with pytest.raises(TierUnavailable):
         await tier.complete(asking())
     down[0] = False
-    assert (await tier.complete(asking())).model == "three"
+    names[0] = "three"
+    with pytest.raises(IdentityChanged):
+        await tier.complete(asking())
+
+
+async def test_a_pinned_model_is_the_only_one_let_through(kind):
+    names = deque(["one"])
+    assert (await naming(kind, names, [False], [0.0], model="one").complete(asking())).finish == "stop"
+    held = naming(kind, names, [False], [0.0], model="other")
+    for _ in range(2):
+        with pytest.raises(IdentityChanged, match="until the settings") as caught:
+            await held.complete(asking())
+    attempt = attempt_of(caught.value)
+    assert attempt.held
+    assert attempt.model.startswith("one")
+
+
+async def test_a_pinned_revision_needs_a_server_that_publishes_it():
+    names = deque(["one"])
+    good = naming("tgi", names, [False], [0.0], model="one", revision="abc")
+    assert (await good.complete(asking())).model == "one@abc"
+    for kind, revision in (("tgi", "abd"), ("llama_cpp", "abc")):
+        with pytest.raises(IdentityChanged):
+            await naming(kind, names, [False], [0.0], model="one", revision=revision).complete(asking())
 
 
 async def test_a_server_that_cannot_name_its_model_is_not_asked(kind):

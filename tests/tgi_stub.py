@@ -10,8 +10,9 @@ import json
 import re
 import signal
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ class TgiStub:
         self.model = model
         self.revision = revision
         self.delay = delay
+        self.hold: asyncio.Event | None = None
+        """Streams stop after their first token until it is set."""
+        self.drops_schemas = False
+        self.usage = True
+        self.running = 0
+        self.gone = asyncio.Event()
+        """Set when a caller closed the connection before its answer was whole."""
         self.requests: list[Asked] = []
         self.canned: deque[web.Response] = deque()
         """Sent instead of the next chat answers, one each."""
@@ -67,8 +75,13 @@ class TgiStub:
         app.router.add_get("/info", self._info)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/tokenize", self._tokenize)
+        app.router.add_post("/chat_tokenize", self._chat_tokenize)
         app.router.add_post("/v1/chat/completions", self._chat)
-        self._runner = web.AppRunner(app, access_log=None)
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/generate_stream", self._generate_stream)
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", port)
         await site.start()
@@ -119,7 +132,39 @@ class TgiStub:
         model = {"id": self.model, "object": "model", "created": 0, "owned_by": self.model}
         return as_json(200, {"object": "list", "data": [model]})
 
-    async def _chat(self, request: web.Request) -> web.Response:
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=f"tgi_batch_current_size {self.running}\ntgi_queue_size 0\n")
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        body = json.loads(await self._note(request))
+        return as_json(200, tokens_of(body["inputs"]))
+
+    async def _chat_tokenize(self, request: web.Request) -> web.Response:
+        body = json.loads(await self._note(request))
+        text = templated(body["messages"])
+        return as_json(200, {"tokenize_response": tokens_of(text), "templated_text": text})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        answer = await self._asked(request, CHAT, lambda body: all_text(body))
+        if not isinstance(answer, Said) or not answer.body.get("stream"):
+            return answer if isinstance(answer, web.StreamResponse) else self._whole(answer)
+        return await self._stream(request, answer, chat_events(self, answer))
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        answer = await self._asked(request, GENERATE, lambda body: body["inputs"])
+        if isinstance(answer, Said):
+            return self._in_one(generated_whole(answer)) if answer.refusal is None else answer.refusal
+        return answer
+
+    async def _generate_stream(self, request: web.Request) -> web.StreamResponse:
+        answer = await self._asked(request, GENERATE, lambda body: body["inputs"])
+        if not isinstance(answer, Said):
+            return answer
+        return await self._stream(request, answer, generate_events(answer))
+
+    async def _asked(
+        self, request: web.Request, shape: Draft202012Validator, text: Callable[[Any], str]
+    ) -> web.Response | Said:
         raw = await self._note(request)
         if self.token and request.headers.get("authorization", "").lower() != f"bearer {self.token}".lower():
             return web.Response(status=401)
@@ -131,7 +176,38 @@ class TgiStub:
             body = json.loads(raw)
         except ValueError as error:
             return web.Response(status=400, text=f"Failed to parse the request body as JSON: {error}")
-        return self._refusal(body) or self._answer(body)
+        broken = next(shape.iter_errors(body), None)
+        if broken is not None:
+            what = f"Failed to deserialize the JSON body into the target type: {broken.json_path}"
+            return web.Response(status=422, text=what)
+        plain_body = body if "messages" in body else as_chat(body)
+        objection = self._objection(plain_body)
+        if objection:
+            return Said(body, text(body), refusal=invalid(objection))
+        return self._answer(body, plain_body, text(body))
+
+    async def _stream(
+        self, request: web.Request, said: Said, events: Iterable[dict[str, Any]]
+    ) -> web.StreamResponse:
+        """As the real router does it: 200 first, and any refusal inside."""
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        self.running += 1
+        try:
+            await response.prepare(request)
+            if said.refusal is not None:
+                events = [refused_inside(said)]
+            for number, event in enumerate(events):
+                if number == 1 and self.hold is not None:
+                    await self.hold.wait()
+                await response.write(b": keep-alive\n\n" + as_event(event))
+            if "messages" in said.body:
+                await response.write(b"data: [DONE]\n\n")
+        except (asyncio.CancelledError, ConnectionError):
+            self.gone.set()
+            raise
+        finally:
+            self.running -= 1
+        return response
 
     async def _note(self, request: web.Request) -> str:
         raw = await request.text()
@@ -143,22 +219,12 @@ class TgiStub:
         self.requests.append(Asked(request.method, request.path, headers, body))
         return raw
 
-    def _refusal(self, body: Any) -> web.Response | None:
-        broken = next(CHAT.iter_errors(body), None)
-        if broken is not None:
-            text = f"Failed to deserialize the JSON body into the target type: {broken.json_path}"
-            return web.Response(status=422, text=text)
-        objection = self._objection(body)
-        return objection and invalid(objection)
-
     def _objection(self, body: dict[str, Any]) -> str | None:
         top_p, stop, wished = body.get("top_p"), body.get("stop") or [], body.get("response_format")
         if top_p is not None and not 0 < top_p < 1:
             return "`top_p` must be > 0.0 and < 1.0"
         if len(stop) > 4:
             return f"`stop` supports up to 4 stop sequences. Given: {len(stop)}"
-        if body.get("stream"):
-            return "this stand-in does not stream"
         if wished and not self.grammar:
             return "grammar is not supported"
         if wished and "properties" not in wanted_schema(wished):
@@ -171,46 +237,173 @@ class TgiStub:
             )
         return None
 
-    def _answer(self, body: dict[str, Any]) -> web.Response:
-        words = WORD.findall(last_user_text(body)) or ["nothing"]
-        wished = body.get("response_format")
-        if wished:
+    def _answer(self, body: dict[str, Any], chat: dict[str, Any], asked: str) -> Said:
+        words = WORD.findall(last_user_text(chat)) or ["nothing"]
+        wished = chat.get("response_format")
+        if wished and not self.drops_schemas:
             schema = wanted_schema(wished)
             value = Instance(schema, words).build()
             if not Draft202012Validator(schema).is_valid(value):
-                return failed("Request failed during generation: no instance of this schema is known")
+                objection = "Request failed during generation: no instance of this schema is known"
+                return Said(body, asked, refusal=failed(objection))
             text = json.dumps(value, ensure_ascii=False)
         else:
             text = sentences(words[:LONG_WORDS])
-        text, finish = cut(text, body.get("max_tokens") or 100)
-        return self._completion(body, text, finish)
+        text, finish = cut(text, chat.get("max_tokens") or 100)
+        return Said(body, asked, text, finish)
 
-    def _completion(self, body: dict[str, Any], text: str, finish: str) -> web.Response:
-        asked, made = count(all_text(body)), max(1, count(text))
+    def name_in(self, body: dict[str, Any]) -> str:
+        """What an answer calls the model: it echoes, whatever it was sent."""
         sent = body.get("model")
-        message = {"role": "assistant", "content": text}
+        return self.model if sent in (None, "tgi") else sent
+
+    def _whole(self, said: Said) -> web.Response:
+        if said.refusal is not None:
+            return said.refusal
+        message = {"role": "assistant", "content": said.text}
         answer = {
             "object": "chat.completion",
             "id": "",
             "created": CREATED,
-            "model": self.model if sent in (None, "tgi") else sent,
+            "model": self.name_in(said.body),
             "system_fingerprint": "3.3.6-dev0-native",
-            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
-            "usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made},
+            "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": said.finish}],
+            "usage": said.usage,
         }
+        return self._in_one(answer, said)
+
+    def _in_one(self, answer: Any, said: Said | None = None) -> web.Response:
         headers = {
             "x-compute-type": "gpu+optimized",
             "x-compute-time": "0.001",
-            "x-compute-characters": str(len(all_text(body))),
             "x-total-time": "1",
             "x-validation-time": "0",
-            "x-queue-time": "0",
+            "x-queue-time": "6",
             "x-inference-time": "1",
-            "x-time-per-token": "0",
-            "x-prompt-tokens": str(asked),
-            "x-generated-tokens": str(made),
+            "x-time-per-token": "19",
         }
+        if said is not None:
+            headers["x-prompt-tokens"] = str(said.usage["prompt_tokens"])
+            headers["x-generated-tokens"] = str(said.usage["completion_tokens"])
         return as_json(200, answer, headers)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the stand-in has to say to one request."""
+
+    body: dict[str, Any]
+    asked: str
+    text: str = ""
+    finish: str = "stop"
+    refusal: web.Response | None = None
+
+    @property
+    def usage(self) -> dict[str, int]:
+        prompt, made = count(self.asked), max(1, count(self.text))
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+
+    @property
+    def pieces(self) -> list[str]:
+        """The text, cut as tokens would cut it."""
+        ends = [found.end() for found in PIECE.finditer(self.text)]
+        return [self.text[start:end] for start, end in pairwise([0, *ends[:-1], len(self.text)])]
+
+
+def chat_events(stub: TgiStub, said: Said) -> Iterator[dict[str, Any]]:
+    head = {
+        "object": "chat.completion.chunk",
+        "id": "",
+        "created": CREATED,
+        "model": stub.name_in(said.body),
+        "system_fingerprint": "3.3.6-dev0-native",
+    }
+    pieces = said.pieces
+    for number, piece in enumerate(pieces):
+        delta = {"role": "assistant", "content": piece}
+        finish = said.finish if number == len(pieces) - 1 else None
+        logprobs = {"content": [{"token": piece, "logprob": -0.5, "top_logprobs": []}]}
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": logprobs if said.body.get("logprobs") else None,
+            "finish_reason": finish,
+        }
+        yield head | {"choices": [choice], "usage": None}
+    if stub.usage and (said.body.get("stream_options") or {}).get("include_usage"):
+        yield head | {"choices": [], "usage": said.usage}
+
+
+def generate_events(said: Said) -> Iterator[dict[str, Any]]:
+    pieces = said.pieces
+    for number, piece in enumerate(pieces, start=1):
+        last = number == len(pieces)
+        details = {
+            "finish_reason": "length" if said.finish == "length" else "eos_token",
+            "generated_tokens": said.usage["completion_tokens"],
+            "input_length": said.usage["prompt_tokens"],
+            "seed": 7,
+        }
+        yield {
+            "index": number,
+            "token": {"id": number, "text": piece, "logprob": -0.5, "special": False},
+            "generated_text": said.text if last else None,
+            "details": details if last and said.body["parameters"].get("details") else None,
+        }
+
+
+def generated_whole(said: Said) -> dict[str, Any]:
+    tokens = [
+        {"id": number, "text": piece, "logprob": -0.5, "special": False}
+        for number, piece in enumerate(said.pieces)
+    ]
+    details = {
+        "finish_reason": "length" if said.finish == "length" else "eos_token",
+        "generated_tokens": len(tokens),
+        "seed": 7,
+        "prefill": [],
+        "tokens": tokens,
+    }
+    return {"generated_text": said.text, "details": details}
+
+
+def refused_inside(said: Said) -> dict[str, Any]:
+    """The chat route says 422 for every kind; the native one names the kind."""
+    assert said.refusal is not None and isinstance(said.refusal.body, bytes)
+    error = json.loads(said.refusal.body)
+    if "messages" in said.body:
+        return {"error": {"message": error["error"], "http_status_code": 422}}
+    return error
+
+
+def as_event(value: Any) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode() + b"\n\n"
+
+
+def templated(messages: list[dict[str, Any]]) -> str:
+    turns = [f"<|im_start|>{turn['role']}\n{text_of(turn.get('content'))}<|im_end|>\n" for turn in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def as_chat(body: dict[str, Any]) -> dict[str, Any]:
+    """A native request in the words of the chat route."""
+    parameters = body.get("parameters") or {}
+    turns = re.findall(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", body["inputs"], re.DOTALL)
+    grammar = parameters.get("grammar")
+    return {
+        "messages": [{"role": "user", "content": (turns or [body["inputs"]])[-1]}],
+        "max_tokens": parameters.get("max_new_tokens"),
+        "top_p": parameters.get("top_p"),
+        "stop": parameters.get("stop"),
+        "response_format": grammar,
+    }
+
+
+def tokens_of(text: str) -> list[dict[str, Any]]:
+    return [
+        {"id": number, "text": found.group(), "start": found.start(), "stop": found.end()}
+        for number, found in enumerate(PIECE.finditer(text))
+    ]
 
 
 class Instance:
@@ -368,6 +561,7 @@ def described(name: str) -> Draft202012Validator:
 
 
 CHAT = described("ChatRequest")
+GENERATE = described("GenerateRequest")
 
 
 def wanted_schema(wished: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Texts to unit vectors over llama.cpp's embedding route; an answer is checked before it is believed."""
+"""Texts to unit vectors over OpenAI's embedding route; an answer is checked before it is believed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from typing import Any, cast
 
 import httpx
 
-from activities.tiers.wire import json_or_none, kind_of, message_of
+from activities.tiers.stream import TooMuch, whole
+from activities.tiers.wire import STATUSES, Said, json_or_none
 from models.errors import InvalidInput, MemoryUnavailable
+from models.inference import Attempt, Ending, TimeLimit
 from models.settings import EmbeddingSettings
 
 PATH = "/v1/embeddings"
 BATCH = 32
-TOO_LONG = ("too large to process", "context size")
+MOST_BYTES = 64 * 2**20
+TOO_LONG = ("too large to process", "context size", "context length", "must have less than")
 SHORTEST_PIECE = 64
 """Characters; a server that refuses even this is misconfigured."""
 
@@ -26,7 +29,7 @@ class TooLong(Exception):
 
 
 class Embeddings:
-    """One embedding server."""
+    """One embedding server; llama.cpp as it stands, other kinds say what they do differently."""
 
     def __init__(self, settings: EmbeddingSettings, client: httpx.AsyncClient) -> None:
         """Take the settings and a client built with `wire.http_client`."""
@@ -76,39 +79,78 @@ class Embeddings:
         weighted = [a * len(left) + b * len(right) for a, b in zip(first, second, strict=True)]
         return unit(weighted)
 
+    async def identify(self) -> None:
+        """See that the server runs the model of the settings, where its answers do not say.
+
+        Raises:
+            MemoryUnavailable: it runs another.
+        """
+
+    def request(self, texts: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """Path and body of the question."""
+        return PATH, {"input": list(texts)}
+
+    def rows(self, body: Any) -> list[Any]:
+        """The vectors in an answer, in the order of their texts.
+
+        Raises:
+            MemoryUnavailable: it holds none, or another model's.
+        """
+        if not isinstance(body, dict):
+            raise unusable("no JSON object")
+        answer = cast(dict[str, Any], body)
+        if answer.get("model") != self.model:
+            raise unusable(f"model {str(answer.get('model'))[:80]!r} instead of {self.model!r}")
+        rows = answer.get("data")
+        return [row.get("embedding") for row in _in_order(rows)] if isinstance(rows, list) else []
+
     async def _ask(self, texts: Sequence[str]) -> list[list[float]]:
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
-                response = await self._client.post(PATH, json={"input": list(texts)})
-        except (TimeoutError, httpx.HTTPError) as error:
-            raise MemoryUnavailable(
-                f"embeddings: no answer ({type(error).__name__}); check that the server runs at its url"
-            ) from None
-        if response.status_code != HTTPStatus.OK:
-            raise _refused(response)
-        return self._vectors(json_or_none(response), len(texts))
+                await self.identify()
+                path, body = self.request(texts)
+                found = await self.fetch(path, body)
+        except TimeoutError as error:
+            raise _away(error, Ending.TIMEOUT, limit=TimeLimit.TOTAL) from None
+        except httpx.HTTPError as error:
+            raise _away(error, Ending.BACKEND_FAULT) from None
+        except TooMuch as error:
+            raise unusable(str(error)) from None
+        return self._vectors(found, len(texts))
+
+    async def fetch(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Ask the server; JSON, or `None` for what is none.
+
+        Raises:
+            TooLong: a text is longer than its model takes.
+            MemoryUnavailable: it refuses.
+        """
+        async with self._client.stream("GET" if body is None else "POST", path, json=body) as response:
+            if response.status_code != HTTPStatus.OK:
+                raise _refused(await Said.of(response))
+            return json_or_none(await whole(response, MOST_BYTES))
 
     def _vectors(self, body: Any, count: int) -> list[list[float]]:
-        if not isinstance(body, dict):
-            raise _unusable("no JSON object")
-        answer = cast(dict[str, Any], body)
-        if answer.get("model") != self.model:
-            raise _unusable(f"model {str(answer.get('model'))[:80]!r} instead of {self.model!r}")
-        rows = answer.get("data")
-        if not isinstance(rows, list) or len(cast(list[Any], rows)) != count:
-            found = len(cast(list[Any], rows)) if isinstance(rows, list) else 0
-            raise _unusable(f"{found} vectors for {count} texts")
-        return [self._vector(row) for row in _in_order(cast(list[Any], rows))]
+        rows = self.rows(body)
+        if len(rows) != count:
+            raise unusable(f"{len(rows)} vectors for {count} texts")
+        return [self._vector(row) for row in rows]
 
-    def _vector(self, row: dict[str, Any]) -> list[float]:
-        values = row.get("embedding")
-        if not isinstance(values, list) or len(cast(list[Any], values)) != self._settings.dimensions:
-            found = len(cast(list[Any], values)) if isinstance(values, list) else 0
-            raise _unusable(f"{found} dimensions instead of {self._settings.dimensions}")
-        numbers = cast(list[Any], values)
+    def _vector(self, values: Any) -> list[float]:
+        numbers = cast(list[Any], values if isinstance(values, list) else [])
+        if len(numbers) != self._settings.dimensions:
+            raise unusable(f"{len(numbers)} dimensions instead of {self._settings.dimensions}")
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
-            raise _unusable("a value that is no finite number")
+            raise unusable("a value that is no finite number")
         return unit([float(value) for value in numbers])
+
+
+class OpenAIEmbeddings(Embeddings):
+    """A server that wants to be told which of its models is meant, as vLLM does."""
+
+    def request(self, texts: Sequence[str]) -> tuple[str, dict[str, Any]]:
+        """With the model's name; numbers as numbers, since some clients' default is a packed string."""
+        return PATH, {"input": list(texts), "model": self.model, "encoding_format": "float"}
 
 
 def unit(vector: list[float]) -> list[float]:
@@ -119,7 +161,7 @@ def unit(vector: list[float]) -> list[float]:
     """
     length = math.sqrt(math.fsum(value * value for value in vector))
     if not length or not math.isfinite(length):
-        raise _unusable("a vector without direction")
+        raise unusable("a vector without direction")
     return [value / length for value in vector]
 
 
@@ -136,22 +178,31 @@ def halves(text: str) -> tuple[str, str]:
     return text[:middle], text[middle:]
 
 
+def unusable(what: str) -> MemoryUnavailable:
+    """The error for an answer that cannot be believed."""
+    text = f"embeddings: the server answered with {what}; check which model it serves"
+    return MemoryUnavailable(text, _details(Ending.BACKEND_FAULT))
+
+
 def _in_order(rows: list[Any]) -> list[dict[str, Any]]:
-    if sorted(row.get("index", -1) if isinstance(row, dict) else -1 for row in rows) != list(
-        range(len(rows))
-    ):
-        raise _unusable("vectors that do not say which text they belong to")
+    numbers = [row.get("index", -1) if isinstance(row, dict) else -1 for row in rows]
+    if any(not isinstance(number, int) for number in numbers) or sorted(numbers) != list(range(len(rows))):
+        raise unusable("vectors that do not say which text they belong to")
     return sorted(rows, key=lambda row: row["index"])
 
 
-def _refused(response: httpx.Response) -> Exception:
-    if any(mark in message_of(response) for mark in TOO_LONG):
+def _refused(said: Said) -> Exception:
+    if any(mark in said.message for mark in TOO_LONG):
         return TooLong()
-    kind = kind_of(json_or_none(response)) or ""
-    return MemoryUnavailable(
-        f"embeddings: the server answered {response.status_code} {kind}".rstrip() + "; look at its log"
-    )
+    text = f"embeddings: the server answered {said}; look at its log"
+    ending = STATUSES.get(said.status, Ending.BACKEND_FAULT)
+    return MemoryUnavailable(text, _details(ending), next_retry_delay=said.retry)
 
 
-def _unusable(what: str) -> MemoryUnavailable:
-    return MemoryUnavailable(f"embeddings: the server answered with {what}; check which model it serves")
+def _away(error: Exception, ending: Ending, **more: Any) -> MemoryUnavailable:
+    text = f"embeddings: no answer ({type(error).__name__}); check that the server runs at its url"
+    return MemoryUnavailable(text, _details(ending, **more))
+
+
+def _details(ending: Ending, **more: Any) -> dict[str, Any]:
+    return Attempt(tier="embeddings", ending=ending, **more).model_dump(mode="json", exclude_none=True)

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any, cast
 
-import httpx
-
-from activities.tiers.wire import (
-    LOADING_RETRY,
-    ChatEndpoint,
-    json_or_none,
-    kind_of,
-    message_of,
-    no_answer,
-    refused,
-)
-from models.errors import CountersignError, InvalidInput, OutputInvalid, TierUnavailable
-from models.inference import Prompt
+from activities.tiers.heard import Unreadable
+from activities.tiers.wire import ChatEndpoint, Said
+from models.inference import Ending, Prompt
 
 NEUTRAL: dict[str, Any] = {
     "top_k": 40,
@@ -38,6 +27,10 @@ TOO_LONG = ("context size", "context length", "too large to process")
 class LlamaCpp(ChatEndpoint):
     """One llama.cpp server."""
 
+    # After a stream it promises to keep the connection and closes it; the next request would be lost.
+    keeps_connections = False
+    names_itself = True
+
     def body(self, prompt: Prompt) -> dict[str, Any]:
         """The request; without prompt cache, whose reuse would make answers depend on earlier ones."""
         body: dict[str, Any] = {
@@ -48,33 +41,71 @@ class LlamaCpp(ChatEndpoint):
             "top_p": prompt.top_p,
             "seed": prompt.seed,
             "stop": list(prompt.stop),
-            "stream": False,
+            "stream": True,
+            "stream_options": {"include_usage": True},
             "cache_prompt": False,
         }
         if prompt.answer_schema is not None:
             # The flat form the server's README shows is read as an empty schema.
             schema = {"name": "answer", "schema": prompt.answer_schema}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if prompt.logprobs:
+            body |= {"logprobs": True, "top_logprobs": 2}
         return body
 
     async def identify(self) -> str:
         """The alias or file the server was started with."""
-        models = (await self.fetch("/v1/models")).get("data")
+        models = (await self._props("/v1/models")).get("data")
         first = cast(list[Any], models)[0] if isinstance(models, list) and models else None
         name = cast(dict[str, Any], first).get("id") if isinstance(first, dict) else None
         if not isinstance(name, str) or not name:
-            raise no_answer(self.name, "no model in /v1/models")
+            raise self.no_answer("no model in /v1/models")
         return name
 
-    def refusal(self, response: httpx.Response, prompt: Prompt) -> CountersignError:
-        """Loading, too long and unusable schemas have their own marks; some versions send them as 500."""
-        message, kind = message_of(response), kind_of(json_or_none(response))
-        if kind == "exceed_context_size_error" or any(mark in message for mark in TOO_LONG):
-            return InvalidInput(f"{self.name}: the prompt is longer than the server's context; shorten it")
-        if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE and "loading" in message:
-            return TierUnavailable(
-                f"{self.name}: the server still loads its model; ask again", next_retry_delay=LOADING_RETRY
-            )
-        if prompt.answer_schema is not None and ("schema" in message or "grammar" in message):
-            return OutputInvalid(f"{self.name}: the server cannot hold an answer to this schema; simplify it")
-        return refused(self.name, response)
+    async def context(self) -> int | None:
+        """What one slot may use; the context is shared out among the slots."""
+        defaults = (await self._props("/props")).get("default_generation_settings")
+        tokens = cast(dict[str, Any], defaults).get("n_ctx") if isinstance(defaults, dict) else None
+        return tokens if isinstance(tokens, int) else None
+
+    async def slots(self) -> int | None:
+        """Its slots; what comes on top waits in a queue without bound."""
+        slots = (await self._props("/props")).get("total_slots")
+        return slots if isinstance(slots, int) else None
+
+    async def running(self) -> int | None:
+        """Slots at work, if it was started with metrics."""
+        return await self.metric("llamacpp:requests_processing")
+
+    async def prompt_tokens(self, prompt: Prompt) -> int:
+        """By its own template and tokenizer."""
+        turns = [message.model_dump() for message in prompt.messages]
+        text = (await self._props("/apply-template", {"messages": turns})).get("prompt")
+        if not isinstance(text, str):
+            raise Unreadable("no prompt from its template")
+        return await self._tokens(text, special=True)
+
+    async def text_tokens(self, text: str) -> int:
+        """By its own tokenizer."""
+        return await self._tokens(text, special=False)
+
+    def judge(self, said: Said, prompt: Prompt) -> Ending | None:
+        """Too long and unusable schemas have their own marks; some versions send them as 500."""
+        if said.kind == "exceed_context_size_error" or any(mark in said.message for mark in TOO_LONG):
+            return Ending.TOO_LONG
+        if prompt.answer_schema is not None and ("schema" in said.message or "grammar" in said.message):
+            return Ending.SCHEMA_UNSUPPORTED
+        return None
+
+    async def _props(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        found = await self.fetch(path, body)
+        if not isinstance(found, dict):
+            raise Unreadable(f"no JSON object in {path}")
+        return cast(dict[str, Any], found)
+
+    async def _tokens(self, text: str, special: bool) -> int:
+        body = {"content": text, "add_special": special, "parse_special": special}
+        tokens = (await self._props("/tokenize", body)).get("tokens")
+        if not isinstance(tokens, list):
+            raise Unreadable("no tokens")
+        return len(cast(list[Any], tokens))

@@ -1,0 +1,37 @@
+"""Which adapter speaks to which kind of server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import httpx
+
+from activities.tiers.embeddings import Embeddings, OpenAIEmbeddings
+from activities.tiers.llama_cpp import LlamaCpp
+from activities.tiers.openai_compatible import OpenAICompatible
+from activities.tiers.tei import Tei
+from activities.tiers.tgi import Tgi, TgiGenerate
+from activities.tiers.wire import ChatEndpoint
+from models.settings import EmbeddingSettings, TierSettings
+
+CHAT: Mapping[tuple[str, str], type[ChatEndpoint]] = {
+    ("llama_cpp", "chat"): LlamaCpp,
+    ("tgi", "chat"): Tgi,
+    ("tgi", "generate"): TgiGenerate,
+    ("openai_compatible", "chat"): OpenAICompatible,
+}
+EMBED: Mapping[str, type[Embeddings]] = {
+    "llama_cpp": Embeddings,
+    "openai_compatible": OpenAIEmbeddings,
+    "tei": Tei,
+}
+
+
+def chat_endpoint(settings: TierSettings, client: httpx.AsyncClient) -> ChatEndpoint:
+    """The adapter for a tier, over a client built with `wire.http_client`."""
+    return CHAT[settings.kind, settings.route](settings, client)
+
+
+def embedder(settings: EmbeddingSettings, client: httpx.AsyncClient) -> Embeddings:
+    """The adapter for an embedding server."""
+    return EMBED[settings.kind](settings, client)
