@@ -32,8 +32,9 @@ from models.ledger import Append, Draft, Event, EventType
 from models.loop import Action, Outcome, Proposal, Receipt, Ref, Request, Status, workflow_id
 from models.memory import Memo, Recall
 from models.policy import AgentPolicy
-from models.settings import ContentSettings, SiteSettings, TemporalSettings, TierSettings
+from models.settings import ContentSettings, ScheduleSettings, SiteSettings, TemporalSettings, TierSettings
 from temporal.client import Started, submit
+from temporal.schedules import Schedules, schedule_id
 from tests.conftest import Stack, a_key, free_port, policy, settings_for, stack_of
 from workers import config, registry
 from workers.compose import Parts, utc_now
@@ -268,6 +269,22 @@ async def test_calendars_that_run_at_once_start_an_idea_once(office: Stack) -> N
     assert details.count("started") == 1
 
 
+async def test_a_schedule_starts_it_and_each_time_is_a_request_of_its_own(office: Stack) -> None:
+    tenant = office.settings.tenant
+    schedules = Schedules(office.client, tenant, office.settings.temporal)
+    await remember(office, "Bakery rolls", article("A roll costs 0.50"))
+    weekly = ScheduleSettings(name="weekly", agent="calendar", cron="0 7 * * 1", body=BODY)
+    await schedules.apply((weekly,), ("calendar",))
+    await schedules.handle("weekly").trigger()
+    intent = child(office, "Bakery rolls")
+    await first(office, intent, EventType.INTENT)
+    log = await office.ledger.tail(tenant, 1000)
+    [run] = {event.stream for event in log if event.stream.startswith(schedule_id(tenant, "weekly"))}
+    started = await first(office, run, EventType.OUTCOME)
+    assert started.body["receipts"][0]["reference"] == intent
+    await schedules.apply((), ("calendar",))
+
+
 async def test_a_body_that_cannot_be_read_fails_the_run_and_says_so_in_the_ledger(office: Stack) -> None:
     run = await ask(office, site="elsewhere")
     with pytest.raises(WorkflowFailureError):
@@ -372,8 +389,8 @@ def test_the_question_offers_numbers_only_and_a_repeated_number_is_objected_to()
 def test_the_shipped_schedule_asks_the_calendar_for_something_it_can_read(tmp_path: Path) -> None:
     settings = config.load({}, tmp_path)
     agents = {agent.SPEC.name for agent in registry.agents()}
-    for schedule in settings.schedules:
-        assert schedule.paused
-        assert schedule.agent in agents
-        assert schedule.agent in settings.policy.agents
-        parse_week(json.dumps(schedule.body).encode())
+    [schedule] = [one for one in settings.schedules if one.agent == "calendar"]
+    assert schedule.paused
+    assert schedule.agent in agents
+    assert schedule.agent in settings.policy.agents
+    parse_week(json.dumps(schedule.body).encode())
