@@ -26,5 +26,6 @@ class Memory:
 
     @activity.defn(name="recall")
     async def recall(self, request: Recall) -> Recalled:
-        """Find records by meaning; `degraded` says what could not be asked."""
-        return await self._store.recall(request)
+        """Find records; `degraded` says what could not be asked. What it shows, the run cannot learn."""
+        run = request.run or activity.info().workflow_id or ""
+        return await self._store.recall(request.model_copy(update={"run": run}))

@@ -8,6 +8,9 @@ from sqlmodel import Field, SQLModel
 BIG = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere; SQLite keys must say INTEGER."""
 
+NEVER = 2**53 - 1
+"""A time that does not come, in microseconds; exact in every index and every JSON."""
+
 
 class LogHead(SQLModel, table=True):
     """The size of one tenant's log; its row serialises appends, so that `seq` has no gaps."""
@@ -112,6 +115,8 @@ class MemoryRow(SQLModel, table=True):
     __table_args__ = (
         Index("memory_by_tenant", "tenant", "kind", "recorded_at"),
         Index("memory_by_age", "tenant", "recorded_at"),
+        Index("memory_by_subject", "tenant", "subject"),
+        Index("memory_by_expiry", "standing", "expires_at"),
     )
     tenant: str = Field(primary_key=True)
     record_id: str = Field(primary_key=True)
@@ -128,6 +133,20 @@ class MemoryRow(SQLModel, table=True):
     """Order of writing over all tenants; what an index has read up to."""
     forgotten_at: int | None = Field(default=None, sa_type=BIG)
     """When it was emptied; its row stays, so that a late retry cannot bring it back."""
+    agent: str = Field(default="", sa_column_kwargs={"server_default": ""})
+    """Whose it is; empty is everybody's."""
+    subject: str = Field(default="", sa_column_kwargs={"server_default": ""})
+    why: str = Field(default="", sa_column_kwargs={"server_default": ""})
+    source_event: str = Field(default="", sa_column_kwargs={"server_default": ""})
+    derived_from: str = Field(default="[]", sa_column_kwargs={"server_default": "[]"})
+    origin: str = Field(default="tool", sa_column_kwargs={"server_default": "tool"})
+    confidence_percent: int | None = None
+    standing: str = Field(default="active", sa_column_kwargs={"server_default": "active"})
+    active_at: int = Field(default=0, sa_type=BIG, sa_column_kwargs={"server_default": "0"})
+    """Since when it counts; `NEVER` while it is only proposed."""
+    valid_from: int = Field(default=0, sa_type=BIG, sa_column_kwargs={"server_default": "0"})
+    valid_to: int = Field(default=NEVER, sa_type=BIG, sa_column_kwargs={"server_default": str(NEVER)})
+    expires_at: int = Field(default=NEVER, sa_type=BIG, sa_column_kwargs={"server_default": str(NEVER)})
 
 
 class EmbeddingRow(SQLModel, table=True):
@@ -142,6 +161,88 @@ class EmbeddingRow(SQLModel, table=True):
     """Order of change over all tenants and models; emptying moves it up, so readers see that too."""
     vector: bytes = Field(sa_type=LargeBinary)
     """Little-endian float32; empty once the record is forgotten."""
+
+
+class MemorySupport(SQLModel, table=True):
+    """One source of one record; what rests on the same basis is no second source."""
+
+    __tablename__ = "memory_support"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    record_id: str = Field(primary_key=True)
+    event_id: str = Field(primary_key=True)
+    basis: str
+    seen_at: int = Field(sa_type=BIG)
+
+
+class GivenText(SQLModel, table=True):
+    """A text that a run was shown, as a prompt or by recall; it is nothing new to remember."""
+
+    __tablename__ = "given_text"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    run: str = Field(primary_key=True)
+    """Empty is every run of the tenant."""
+    digest: str = Field(primary_key=True)
+    given_at: int = Field(sa_type=BIG, index=True)
+
+
+class MergeProposal(SQLModel, table=True):
+    """Two records of one scope that say nearly the same; a person decides."""
+
+    __tablename__ = "merge_proposal"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    first: str = Field(primary_key=True)
+    second: str = Field(primary_key=True)
+    cosine_permille: int
+    proposed_at: int = Field(sa_type=BIG)
+
+
+class IndexCursor(SQLModel, table=True):
+    """How far an index outside SQL has followed the embeddings of one model."""
+
+    __tablename__ = "index_cursor"  # pyright: ignore[reportAssignmentType]
+    store: str = Field(primary_key=True)
+    model: str = Field(primary_key=True)
+    position: int = Field(default=0, sa_type=BIG)
+
+
+class BeliefHead(SQLModel, table=True):
+    """The version of an agent's belief about one subject that stands, and who may change it."""
+
+    __tablename__ = "belief_head"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    agent: str = Field(primary_key=True)
+    subject: str = Field(primary_key=True)
+    version: int = 0
+    epoch: int = 0
+    holder: str = ""
+
+
+class BeliefSnapshot(SQLModel, table=True):
+    """One version of a belief; written once."""
+
+    __tablename__ = "belief_snapshot"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (UniqueConstraint("tenant", "agent", "subject", "event_id"),)
+    tenant: str = Field(primary_key=True)
+    agent: str = Field(primary_key=True)
+    subject: str = Field(primary_key=True)
+    version: int = Field(primary_key=True)
+    event_id: str
+    """What changed it; an event changes a belief once."""
+    epoch: int
+    state: bytes = Field(sa_type=LargeBinary)
+    """Canonical JSON."""
+    digest: str
+    recorded_at: int = Field(sa_type=BIG)
+
+
+class Lease(SQLModel, table=True):
+    """Who does a job that only one may do; the epoch fences off whoever did it before."""
+
+    __tablename__ = "lease"  # pyright: ignore[reportAssignmentType]
+    name: str = Field(primary_key=True)
+    holder: str
+    epoch: int
+    expires_at: int = Field(sa_type=BIG)
 
 
 class ModelCall(SQLModel, table=True):

@@ -18,12 +18,13 @@ from activities.memory import Memory
 from activities.services.content import BLOB, ContentStore, put_blob
 from activities.services.database import Database
 from activities.services.indexing import keep_indexed
-from activities.services.memory_store import AWAY, LAGGING, NO_MODEL, REFUSED, TEXT_BYTES, MemoryStore, keep
+from activities.services.keeping import TEXT_BYTES
+from activities.services.memory_store import AWAY, LAGGING, NO_MODEL, REFUSED, MemoryStore, fused, keep
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
-from models.errors import InvalidInput, MemoryUnavailable
+from models.errors import InvalidInput, MemoryUnavailable, UnknownName
 from models.inference import DataClass
 from models.loop import Ref
-from models.memory import Memo, Recall
+from models.memory import Cause, Kept, Memo, Origin, Recall, Search, Standing
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 SIZE = 16
@@ -61,21 +62,23 @@ class Place:
         MEMORY.metadata.create_all(self.database.engine)
         self.content = ContentStore(self.database)
         self.embedder = Hashed()
+        self.now = NOW
         self.store = self.open(self.embedder)
 
     def open(self, embedder: Hashed | None) -> MemoryStore:
-        return MemoryStore(self.database, self.content, embedder, ExactVectors(self.database, SIZE))
+        vectors = ExactVectors(self.database, SIZE)
+        return MemoryStore(self.database, self.content, embedder, vectors, lambda: self.now)
 
-    async def memo(self, record_id: str, title: str = "", text: str = "text", **more) -> Memo:
+    async def memo(self, record_id: str | None = None, title: str = "", text: str = "text", **more) -> Memo:
         tenant = more.pop("tenant", "default")
         ref = await self.content.put(tenant, text.encode())
+        named = {} if record_id is None else {"record_id": record_id}
         return Memo(
-            record_id=record_id,
             tenant=tenant,
             title=title,
             text=ref,
             source="event-1",
-            **{"kind": "post", **more},
+            **{"kind": "post", **named, **more},
         )
 
     async def ask(self, query: str, store: MemoryStore | None = None, **more):
@@ -162,6 +165,7 @@ async def test_tenants_and_kinds_are_kept_apart(place):
 async def test_equal_scores_are_ordered_by_newer_time_then_id(place):
     for record_id, days in [("c", 0), ("b", 1), ("d", 0), ("a", 0)]:
         await place.store.keep(await place.memo(record_id, "same"), NOW + timedelta(days=days))
+    place.now = NOW + timedelta(days=1)
     await place.store.index_pending()
     assert ids(await place.ask("same", limit=3)) == ["b", "a", "c"]
     assert ids(await place.ask("same", place.open(None), limit=3)) == ["b", "a", "c"]
@@ -224,8 +228,8 @@ async def test_a_record_forgotten_while_it_is_embedded_stays_forgotten(place):
 
 async def test_a_record_forgotten_between_search_and_look_up_leaves_its_place_to_the_next(place):
     class Interrupted(ExactVectors):
-        async def nearest(self, tenant, model, query, kinds, limit):
-            near = await super().nearest(tenant, model, query, kinds, limit)
+        async def nearest(self, *asked):
+            near = await super().nearest(*asked)
             await place.store.forget("default", "a")
             return near
 
@@ -358,3 +362,202 @@ async def test_the_activity_answers_what_the_store_answers(place):
     request = Recall(tenant="default", query=ref)
     answer = await ActivityEnvironment().run(Memory(place.store).recall, request)
     assert answer == await place.store.recall(request)
+    assert [hit.record_id for hit in answer.hits] == ["a"]
+
+
+async def facts(place, text: str, run: str, event: str, ground: str | None = None, **more):
+    """A fact a model inferred from a text that its event holds."""
+    grounds = (await place.content.put("default", (ground or text).encode()),)
+    given = {"kind": "fact", "origin": Origin.MODEL, "grounds": grounds} | more
+    memo = await place.memo(text=text, title=text[:100], **given)
+    memo = memo.model_copy(update={"source": event})
+    return await place.store.take(memo, place.now, Cause(run=run))
+
+
+async def test_what_a_model_inferred_counts_only_after_a_second_independent_source(place):
+    first = await facts(place, "Ann pays by invoice", "run-1", "e1", "Mail: Ann pays by invoice, she says")
+    assert (first.what, first.standing) == (Kept.KEPT, Standing.PROPOSED)
+    await place.store.index_pending()
+    assert ids(await place.ask("Ann pays by invoice")) == []
+    again = await facts(place, "Ann pays by invoice", "run-2", "e2", "Mail: Ann pays by invoice, she says")
+    assert (again.what, again.standing) == (Kept.KNOWN, Standing.PROPOSED)
+    other = await facts(place, "Ann pays by invoice", "run-3", "e3", "Order 7: Ann, pays by invoice")
+    assert (other.what, other.standing) == (Kept.KNOWN, Standing.ACTIVE)
+    assert ids(await place.ask("Ann pays by invoice")) == [first.record_id]
+
+
+async def test_a_person_promotes_and_quarantine_hides_again(place):
+    kept = await facts(place, "Ann pays by invoice", "run-1", "e1", "Ann pays by invoice")
+    await place.store.index_pending()
+    assert await place.store.promote("default", kept.record_id, "verdict-1") is Standing.ACTIVE
+    assert ids(await place.ask("Ann")) == [kept.record_id]
+    await place.store.quarantine("default", kept.record_id)
+    assert ids(await place.ask("Ann")) == [] == ids(await place.ask("Ann", by=Search.WORDS))
+    await place.store.promote("default", kept.record_id, "verdict-2")
+    assert ids(await place.ask("Ann")) == [kept.record_id]
+    with pytest.raises(UnknownName, match="nobody"):
+        await place.store.promote("default", "nobody", "verdict-3")
+
+
+async def test_a_retry_confirms_nothing_and_a_confirmation_renews(place):
+    memo = await place.memo("a", kind="outcome")
+    assert (await place.store.take(memo, NOW)).what is Kept.KEPT
+    place.now = NOW + timedelta(days=20)
+    assert (await place.store.take(memo, place.now)).what is Kept.KNOWN
+    for _ in range(3):
+        await place.ask("text")
+    place.now = NOW + timedelta(days=31)
+    assert ids(await place.ask("text", by=Search.WORDS)) == []
+    place.now = NOW + timedelta(days=25)
+    await place.store.take(memo.model_copy(update={"source": "event-2"}), place.now)
+    place.now = NOW + timedelta(days=31)
+    assert ids(await place.ask("text", by=Search.WORDS)) == ["a"]
+
+
+@pytest.mark.parametrize("by", list(Search))
+@pytest.mark.parametrize("embedding", [True, False])
+async def test_what_has_expired_is_never_found_though_nobody_sweeps(place, by, embedding):
+    store = place.store if embedding else place.open(None)
+    for number in range(20):
+        ends = NOW + timedelta(hours=1 + number % 2)
+        memo = await place.memo(f"r{number:02}", "same", expires_at=ends)
+        await place.store.keep(memo, NOW)
+    await place.store.index_pending()
+    place.now = NOW + timedelta(hours=1)
+    found = ids(await place.ask("same", store, by=by, limit=50))
+    assert sorted(found) == [f"r{number:02}" for number in range(20) if number % 2]
+    assert ids(await place.ask("same", store, by=by, limit=50, as_of=NOW)) == found
+    place.now = NOW + timedelta(hours=2)
+    assert ids(await place.ask("same", store, by=by, limit=50)) == []
+
+
+async def test_the_sweep_empties_the_indexes_and_what_is_learned_again_is_found_again(place):
+    memo = await place.memo("a", "same", kind="outcome")
+    await place.store.keep(memo, NOW)
+    await place.store.index_pending()
+    place.now = NOW + timedelta(days=31)
+    assert await place.store.sweep() == 1
+    assert await place.store.sweep() == 0
+    lengths = await place.database.read(lambda c: c.execute(select(EMBEDDING.c.vector)).scalars().all())
+    assert lengths == [b""]
+    again = await place.store.take(memo.model_copy(update={"source": "event-2"}))
+    assert again.what is Kept.KEPT
+    assert await place.store.index_pending() == 1
+    for by in Search:
+        assert ids(await place.ask("same", by=by)) == ["a"]
+
+
+async def test_a_superseded_record_answers_for_its_own_time(place):
+    for record_id in ("old", "new"):
+        place.now = NOW if record_id == "old" else NOW + timedelta(days=2)
+        await place.store.keep(await place.memo(record_id, "price", record_id), place.now)
+    await place.store.index_pending()
+    await place.store.supersede("default", "old", "new")
+    for by in Search:
+        assert ids(await place.ask("price", by=by)) == ["new"]
+        assert ids(await place.ask("price", by=by, as_of=NOW + timedelta(days=1))) == ["old"]
+
+
+async def test_an_agent_sees_its_own_records_and_everybodys(place):
+    for record_id, agent in (("mine", "pricing"), ("theirs", "content"), ("all", None)):
+        await place.store.keep(await place.memo(record_id, "same", agent=agent), NOW)
+    await place.store.index_pending()
+    for by in Search:
+        assert sorted(ids(await place.ask("same", by=by, agent="pricing"))) == ["all", "mine"]
+        assert len(ids(await place.ask("same", by=by))) == 3
+
+
+async def test_words_inside_texts_are_found_and_fused_with_meaning(place):
+    for record_id, title, text in (
+        ("a", "Tee", "Grüner Tee aus Uji"),
+        ("b", "Coffee", "dark roast"),
+        ("c", "Water", "plain water"),
+    ):
+        await place.store.keep(await place.memo(record_id, title, text), NOW)
+    assert ids(await place.ask("gruner UJI", by=Search.WORDS)) == ["a"]
+    assert ids(await place.ask('" OR * NEAR(', by=Search.WORDS)) == []
+    await place.store.index_pending()
+    hybrid = ids(await place.ask("Coffee\ndark roast", by=Search.HYBRID, limit=3))
+    assert hybrid[0] == "b" and len(hybrid) == 3
+    assert await place.store.forget("default", "a")
+    assert ids(await place.ask("uji", by=Search.WORDS)) == []
+
+
+def test_fusion_prefers_what_both_lists_have():
+    assert fused(["a", "b", "c"], ["c", "d"])[0] == "c"
+    assert fused(["a"], ["a"]) == ["a"]
+    assert fused([], []) == []
+
+
+async def test_near_duplicates_of_one_scope_become_proposals_and_are_never_deleted(place):
+    for record_id, subject in (("a", "sku-1"), ("b", "sku-1"), ("c", "sku-2")):
+        await place.store.keep(await place.memo(record_id, "same", subject=subject), NOW)
+    while await place.store.index_pending():
+        pass
+    assert await place.store.merges("default") == (("a", "b", 1000),)
+    assert len(ids(await place.ask("same"))) == 3
+
+
+async def test_the_same_content_in_the_same_scope_has_one_id_and_any_other_has_another(place):
+    given = [
+        await place.memo(None, text="one"),
+        await place.memo(None, text="two"),
+        await place.memo(None, text="one", kind="fact"),
+        await place.memo(None, text="one", subject="sku-1"),
+        await place.memo(None, text="one", agent="pricing"),
+        await place.memo(None, text="one", tenant="other"),
+    ]
+    assert len({memo.record_id for memo in given}) == len(given)
+    assert (await place.memo(None, "other title", text="one")).record_id == given[0].record_id
+
+
+async def test_what_breaks_the_contract_is_refused_and_nothing_is_written(place):
+    with pytest.raises(ValidationError, match="no such kind"):
+        await place.memo("a", kind="rumour")
+    with pytest.raises(ValidationError, match="valid_to"):
+        await place.memo("a", valid_from=NOW, valid_to=NOW)
+    with pytest.raises(InvalidInput, match="expires_at"):
+        await place.store.keep(await place.memo("a", expires_at=NOW), NOW)
+    with pytest.raises(InvalidInput, match="event"):
+        await place.store.keep(await place.memo("a", event="never-logged"), NOW)
+    assert await place.store.newest() == 0
+
+
+TURNS = 1000
+BOOT = "You are the shop's assistant. Answer in English and never promise a refund without approval."
+PROFILES = ("John Doe is a software engineer", "The user lives in San Francisco", "The user has 3 children")
+
+
+async def test_of_a_thousand_turns_hardly_any_junk_stays_and_recall_never_feeds_itself(place):
+    """The failures of one that was 98 % junk: boot text restated, recall learned again, profiles made up."""
+    await place.store.shown("default", "", [BOOT])
+    kept: dict[str, int] = {"good": 0, "boot": 0, "recall": 0, "invented": 0}
+    tried = dict(kept)
+
+    async def learn(kind: str, text: str, number: int, ground: str) -> None:
+        answer = await facts(place, text, f"run-{number}", f"event-{number}", ground)
+        tried[kind] += 1
+        kept[kind] += answer.what is Kept.KEPT
+
+    for number in range(TURNS):
+        turn = f"Order {number}: customer {number} wants colour {number % 7} in size {number % 11}"
+        match number % 4:
+            case 0:
+                await learn("good", f"Customer {number} wants colour {number % 7}", number, turn)
+            case 1:
+                await learn("boot", f"Remember: {BOOT[number % 30 :]}", number, f"{turn}. {BOOT}")
+            case 2:
+                asked = f"wants colour {(number - 2) % 7} customer {number - 2}"
+                found = await place.ask(asked, by=Search.WORDS, run=f"run-{number}", limit=1)
+                for hit in found.hits:
+                    text = (await place.content.get("default", hit.text)).decode()
+                    again = text if number % 8 == 2 else f"It is known that {text}"
+                    await learn("recall", again, number, f"{turn}. {text}")
+            case _:
+                await learn("invented", PROFILES[number % 3], number, turn)
+        if number % 4 == 0:
+            await place.database.write(lambda c: c.execute(update(MEMORY).values(active_at=0)))
+    junk = kept["boot"] + kept["recall"] + kept["invented"]
+    assert kept["recall"] == 0 and tried["recall"] == TURNS // 4
+    assert junk / sum(kept.values()) < 0.05
+    assert kept["good"] == tried["good"]

@@ -76,11 +76,15 @@ class Outbox:
     def _waiting(self) -> Select[Any, Any, Any, Any, Any]:
         m, e = MEMORY.c, EMBEDDING.c
         has = select(e.position).where(
-            e.tenant == m.tenant, e.record_id == m.record_id, e.model == self._model
+            e.tenant == m.tenant,
+            e.record_id == m.record_id,
+            e.model == self._model,
+            # One that is empty belongs to a record that expired once and was learned again.
+            func.length(e.vector) > 0,
         )
         return (
             select(m.tenant, m.record_id, m.position, m.title, m.text_digest)
-            .where(m.position > self._floor, m.forgotten_at.is_(None), ~has.exists())
+            .where(m.position > self._floor, m.forgotten_at.is_(None), m.standing != "expired", ~has.exists())
             .order_by(m.position)
         )
 

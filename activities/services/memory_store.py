@@ -1,7 +1,7 @@
-"""Long-lived memory: records in SQL, found again by meaning, or by words when meaning cannot be asked.
+"""Long-lived memory: records in SQL, found again by meaning, by words, or by both.
 
 A record can be kept in the transaction that logs the outcome it remembers; its vector comes from the outbox.
-Forgetting empties a record and its vectors but leaves the row, so that a late retry cannot bring it back.
+What counts (see `keeping`) is decided by SQL in every answer, whatever an index says.
 """
 
 from __future__ import annotations
@@ -9,41 +9,58 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
-from sqlalchemy import Connection, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.content import BLOB, ContentStore
+from activities.services import keeping
+from activities.services.content import ContentStore, put_blob
 from activities.services.database import Database, from_micros, to_micros
 from activities.services.indexing import Outbox, Pending, newest_position
-from activities.services.vectors import (
-    MEMORY,
-    Near,
-    Vector,
-    empty_vectors,
-    next_position,
-    put_vectors,
-    unit_vector,
-)
+from activities.services.keeping import keep
+from activities.services.vectors import ALWAYS, MEMORY, Near, Vector, When, put_vectors, unit_vector
+from activities.services.words import find_words
 from activities.tiers.base import Embedder
 from models.errors import InvalidInput, MemoryUnavailable, Unavailable
 from models.inference import DataClass
 from models.loop import Ref
-from models.memory import Hit, Memo, Recall, Recalled
+from models.memory import (
+    NEAR_DUPLICATE,
+    Cause,
+    Hit,
+    Keeping,
+    Kept,
+    Memo,
+    Origin,
+    Recall,
+    Recalled,
+    Search,
+    Standing,
+)
+from models.tables import NEVER, MergeProposal, table
 
-TEXT_BYTES = 256 * 1024
+__all__ = ["MemoryStore", "Vectors", "keep"]
+
+MERGE = table(MergeProposal)
 QUERY_BYTES = 16 * 1024
 EMBED_CHARACTERS = (2000, 500, 120)
 """How much of a text is embedded; the shorter ones serve when the model refuses it as too long."""
 REFUSED_LIMIT = 100
 WORD_SCAN = 5000
 """Word search looks at the titles of this many newest records."""
+FUSION = 60
+"""Reciprocal rank fusion: a record scores 1 / (this + its rank) in each list, as in the paper of 2009."""
+FUSED_DEPTH = 50
+NEIGHBOURS = 5
 AWAY = "the embedding server is away; titles were searched by words"
 NO_MODEL = "no embedding server is configured; titles were searched by words"
 REFUSED = "the embedding model gave no usable vector for the query; titles were searched by words"
 LAGGING = "some records have no vector yet and could not be searched"
+INDEX_AWAY = "the vector index is away; titles were searched by words"
 
 
 class Vectors(Protocol):
@@ -55,47 +72,103 @@ class Vectors(Protocol):
         ...
 
     async def nearest(
-        self, tenant: str, model: str, query: Vector, kinds: Sequence[str], limit: int
+        self,
+        tenant: str,
+        model: str,
+        query: Vector,
+        kinds: Sequence[str],
+        limit: int,
+        when: When = ALWAYS,
     ) -> list[Near]:
-        """The records with the highest cosine, best first."""
+        """The records that count with the highest cosine, best first.
+
+        Raises:
+            MemoryUnavailable: the index is away.
+        """
         ...
-
-
-def keep(connection: Connection, memo: Memo, now: datetime) -> bool:
-    """Keep a record inside a transaction that is under way; False when one of that id was kept before.
-
-    Raises:
-        InvalidInput: its text is not stored, too long, or not of the size that the reference says.
-    """
-    known = select(MEMORY.c.position).where(
-        MEMORY.c.tenant == memo.tenant, MEMORY.c.record_id == memo.record_id
-    )
-    # The position comes first: it holds the lock that keeps another process from the same id.
-    position = next_position(connection, MEMORY.c.position)
-    if connection.execute(known).first() is not None:
-        return False
-    _check_text(connection, memo)
-    connection.execute(insert(MEMORY).values(**_row(memo, now), position=position))
-    return True
 
 
 class MemoryStore:
     """Records of all tenants."""
 
     def __init__(
-        self, database: Database, content: ContentStore, embedder: Embedder | None, vectors: Vectors
+        self,
+        database: Database,
+        content: ContentStore,
+        embedder: Embedder | None,
+        vectors: Vectors,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Without an embedder everything is kept and found by words only."""
+        """Without an embedder everything is kept and found by words only; the clock says what has expired."""
         self._database = database
+        self._clock = clock
         self._content = content
         self._embedder = embedder
         self._vectors = vectors
         self._outbox = Outbox(embedder.model) if embedder else None
         self._refused: set[tuple[str, str]] = set()
 
-    async def keep(self, memo: Memo, now: datetime) -> bool:
-        """Keep a record in a transaction of its own; False when one of that id was kept before."""
-        return await self._database.write(lambda connection: keep(connection, memo, now))
+    async def keep(self, memo: Memo, now: datetime, cause: Cause | None = None) -> bool:
+        """Keep a record in a transaction of its own; False when it was known or is nothing new."""
+        return (await self.take(memo, now, cause)).what is Kept.KEPT
+
+    async def take(self, memo: Memo, now: datetime | None = None, cause: Cause | None = None) -> Keeping:
+        """Keep a record, and say what became of it.
+
+        Raises:
+            InvalidInput: something about it breaks the contract; nothing was written.
+        """
+        moment, why = now or self._clock(), cause or Cause()
+        return await self._database.write(lambda link: keeping.take(link, memo, moment, why))
+
+    async def shown(self, tenant: str, run: str, texts: Iterable[str]) -> None:
+        """Note texts that a run (empty: every run) is shown as prompts, so that it cannot learn them."""
+        now, given = self._clock(), [text.encode() for text in texts]
+
+        def note(link: Connection) -> None:
+            refs = [put_blob(link, tenant, text, "text/plain; charset=utf-8") for text in given]
+            keeping.shown(link, tenant, run, [ref.digest for ref in refs], now)
+
+        await self._database.write(note)
+
+    async def promote(self, tenant: str, record_id: str, event: str) -> Standing:
+        """A person agrees, as the ledger event says.
+
+        Raises:
+            UnknownName: there is no such record.
+        """
+        now = self._clock()
+        return await self._database.write(lambda link: keeping.promote(link, tenant, record_id, event, now))
+
+    async def quarantine(self, tenant: str, record_id: str) -> Standing:
+        """Take a record out of sight.
+
+        Raises:
+            UnknownName: there is no such record.
+        """
+        return await self._database.write(lambda link: keeping.quarantine(link, tenant, record_id))
+
+    async def supersede(self, tenant: str, old: str, new: str) -> Standing:
+        """Let one record take another's place from now on.
+
+        Raises:
+            UnknownName: one of them is not there.
+        """
+        now = self._clock()
+        return await self._database.write(lambda link: keeping.supersede(link, tenant, old, new, now))
+
+    async def sweep(self, limit: int = 500) -> int:
+        """Take expired records out of the indexes; how many, at most `limit`."""
+        now = self._clock()
+        return await self._database.write(lambda link: keeping.sweep(link, now, limit))
+
+    async def merges(self, tenant: str) -> tuple[tuple[str, str, int], ...]:
+        """Near-duplicates that a person should look at: two ids and 1000 times their cosine."""
+        wanted = select(MERGE.c.first, MERGE.c.second, MERGE.c.cosine_permille).where(
+            MERGE.c.tenant == tenant
+        )
+        rows = await self._database.read(lambda link: link.execute(wanted.order_by(MERGE.c.first)).all())
+        return tuple((row.first, row.second, row.cosine_permille) for row in rows)
 
     async def recall(self, request: Recall) -> Recalled:
         """Find records by meaning; by words, and saying so, when meaning cannot be asked.
@@ -104,17 +177,18 @@ class MemoryStore:
             InvalidInput: the query is not stored, not UTF-8 or too long.
         """
         query = await self._query(request)
-        vector, degraded = await self._embedded(query)
-        if vector is None:
-            hits = await self._database.read(lambda connection: _by_words(connection, request, query))
-        else:
-            hits, degraded = await self._by_meaning(request, vector)
-        return Recalled(hits=tuple(hits), degraded=degraded, query_digest=request.query.digest)
+        found = await self._found(request, query)
+        if request.run and found.hits:
+            now, digests = self._clock(), [hit.text.digest for hit in found.hits]
+            await self._database.write(
+                lambda link: keeping.shown(link, request.tenant, request.run, digests, now)
+            )
+        return found.model_copy(update={"query_digest": request.query.digest})
 
     async def forget(self, tenant: str, record_id: str) -> bool:
         """Empty a record and its vectors for good; False when there is none. Its text blob is not touched."""
-        now = to_micros(datetime.now(UTC))
-        return await self._database.write(lambda connection: _forget(connection, tenant, record_id, now))
+        now = self._clock()
+        return await self._database.write(lambda link: keeping.forget(link, tenant, record_id, now))
 
     async def newest(self) -> int:
         """Position of the newest record of all tenants."""
@@ -139,7 +213,24 @@ class MemoryStore:
         ]
         if rows:
             await self._database.write(lambda connection: put_vectors(connection, embedder.model, rows))
+            for tenant, record_id, vector in rows:
+                await self._propose_merges(embedder.model, tenant, record_id, vector)
         return len(batch)
+
+    async def _propose_merges(self, model: str, tenant: str, record_id: str, vector: Vector) -> None:
+        """Ask people about records of the same scope that say nearly the same."""
+        now = to_micros(self._clock())
+        try:
+            near = await self._vectors.nearest(tenant, model, vector, (), NEIGHBOURS, When(now=now))
+        except MemoryUnavailable:
+            return
+        close = {
+            one.record_id: round(1000 * one.cosine)
+            for one in near
+            if one.cosine >= NEAR_DUPLICATE and one.record_id != record_id
+        }
+        if close:
+            await self._database.write(lambda link: _merge(link, tenant, record_id, close, now))
 
     async def _query(self, request: Recall) -> str:
         data = await self._content.get(request.tenant, request.query)
@@ -161,27 +252,59 @@ class MemoryStore:
         except InvalidInput:
             return None, REFUSED
 
-    async def _by_meaning(self, request: Recall, vector: Vector) -> tuple[list[Hit], str]:
+    async def _found(self, request: Recall, query: str) -> Recalled:
+        when = self._when(request)
+        if request.by is Search.WORDS:
+            hits = await self._database.read(lambda link: _by_text(link, request, query, when))
+            return Recalled(hits=tuple(hits))
+        vector, degraded = await self._embedded(query)
+        if vector is not None:
+            try:
+                return await self._by_meaning(request, vector, query, when)
+            except MemoryUnavailable:
+                degraded = INDEX_AWAY
+        if request.by is Search.HYBRID:
+            hits = await self._database.read(lambda link: _by_text(link, request, query, when))
+        else:
+            hits = await self._database.read(lambda link: _by_words(link, request, query, when))
+        return Recalled(hits=tuple(hits), degraded=degraded)
+
+    def _when(self, request: Recall) -> When:
+        now = to_micros(self._clock())
+        return When(now, now if request.as_of is None else to_micros(request.as_of), request.agent)
+
+    async def _by_meaning(self, request: Recall, vector: Vector, query: str, when: When) -> Recalled:
         # A record forgotten between search and look-up leaves a gap; the next search knows about it.
-        hits, whole, waits = await self._look(request, vector)
+        hits, whole, waits = await self._look(request, vector, query, when)
         if not whole:
-            hits, _, waits = await self._look(request, vector)
-        return hits, LAGGING if waits else ""
+            hits, _, waits = await self._look(request, vector, query, when)
+        return Recalled(hits=tuple(hits), degraded=LAGGING if waits else "")
 
-    async def _look(self, request: Recall, vector: Vector) -> tuple[list[Hit], bool, bool]:
+    async def _look(
+        self, request: Recall, vector: Vector, query: str, when: When
+    ) -> tuple[list[Hit], bool, bool]:
         embedder, outbox = cast(Embedder, self._embedder), cast(Outbox, self._outbox)
-        near = await self._vectors.nearest(
-            request.tenant, embedder.model, vector, request.kinds, request.limit
-        )
+        hybrid = request.by is Search.HYBRID
+        depth = max(request.limit, FUSED_DEPTH) if hybrid else request.limit
+        near = await self._vectors.nearest(request.tenant, embedder.model, vector, request.kinds, depth, when)
+        cosines = {one.record_id: one.cosine for one in near}
 
-        def read(connection: Connection) -> tuple[Mapping[str, Row[Any]], bool]:
-            ids = [one.record_id for one in near]
-            rows = connection.execute(_live(request).where(MEMORY.c.record_id.in_(ids)))
-            return {row.record_id: row for row in rows}, outbox.waits(connection, request.tenant)
+        def read(connection: Connection) -> tuple[Mapping[str, Row[Any]], list[str], bool]:
+            order = list(cosines)
+            if hybrid:
+                conditions = _conditions(request, when)
+                order = fused(order, find_words(connection, query, conditions, depth))[: request.limit]
+            rows = connection.execute(_counting(request, when).where(MEMORY.c.record_id.in_(order)))
+            return {row.record_id: row for row in rows}, order, outbox.waits(connection, request.tenant)
 
-        found, waits = await self._database.read(read)
-        hits = [_hit(found[one.record_id], one.cosine) for one in near if one.record_id in found]
-        return hits, len(hits) == len(near), waits
+        found, order, waits = await self._database.read(read)
+        asked = _word_set(query)
+        hits = [
+            _hit(found[one], cosines.get(one) or _word_cosine(asked, _word_set(found[one].title)))
+            for one in order
+            if one in found
+        ]
+        return hits, len(hits) == len(order), waits
 
     async def _embed_batch(self, embedder: Embedder, batch: list[Pending]) -> list[list[float]]:
         """One vector per record; empty for one that the model refuses even by itself and shortened."""
@@ -216,58 +339,73 @@ async def _embed(embedder: Embedder, texts: list[str]) -> list[list[float]]:
     return vectors
 
 
-def _check_text(connection: Connection, memo: Memo) -> None:
-    size = connection.execute(
-        select(func.length(BLOB.c.data)).where(
-            BLOB.c.tenant == memo.tenant, BLOB.c.digest == memo.text.digest
-        )
-    ).scalar_one_or_none()
-    if size is None:
-        raise InvalidInput.field("text", memo.text.digest, "no such content is stored; store it first")
-    if size > TEXT_BYTES:
-        raise InvalidInput.field("text", f"{size} bytes", f"remember at most {TEXT_BYTES} bytes")
-    if size != memo.text.size:
-        raise InvalidInput.field("text.size", memo.text.size, f"the stored text has {size} bytes")
+def fused(*lists: Sequence[str]) -> list[str]:
+    """One order from several, by reciprocal ranks; equal ones as the first list has them."""
+    scores: dict[str, float] = {}
+    for ranked in lists:
+        for rank, record_id in enumerate(ranked, 1):
+            scores[record_id] = scores.get(record_id, 0.0) + 1 / (FUSION + rank)
+    return sorted(scores, key=lambda record_id: -scores[record_id])
 
 
-def _row(memo: Memo, now: datetime) -> dict[str, Any]:
-    return dict(
-        tenant=memo.tenant,
-        record_id=memo.record_id,
-        kind=memo.kind,
-        title=memo.title,
-        text_digest=memo.text.digest,
-        text_size=memo.text.size,
-        media_type=memo.text.media_type,
-        source=memo.source,
-        data_class=memo.data_class.value,
-        links=json.dumps(memo.links),
-        recorded_at=to_micros(now),
-    )
+def _conditions(request: Recall, when: When) -> list[Any]:
+    """What SQL says about who counts; the same that the vectors' view says."""
+    m = MEMORY.c
+    conditions = [
+        m.tenant == request.tenant,
+        m.forgotten_at.is_(None),
+        m.expires_at > when.now,
+        m.active_at <= when.at,
+        m.valid_from <= when.at,
+        m.valid_to > when.at,
+    ]
+    if request.kinds:
+        conditions.append(m.kind.in_(request.kinds))
+    if request.agent is not None:
+        conditions.append(m.agent.in_(("", request.agent)))
+    return conditions
 
 
-def _forget(connection: Connection, tenant: str, record_id: str, now: int) -> bool:
-    mine = (MEMORY.c.tenant == tenant, MEMORY.c.record_id == record_id, MEMORY.c.forgotten_at.is_(None))
-    blank = dict(title="", text_digest="", text_size=0, links="[]", forgotten_at=now)
-    if connection.execute(update(MEMORY).where(*mine).values(**blank)).rowcount == 0:
-        return False
-    empty_vectors(connection, tenant, record_id)
-    return True
+def _counting(request: Recall, when: When) -> Select[Any]:
+    return select(MEMORY).where(*_conditions(request, when))
 
 
-def _live(request: Recall) -> Select[Any]:
-    rows = select(MEMORY).where(MEMORY.c.tenant == request.tenant, MEMORY.c.forgotten_at.is_(None))
-    return rows.where(MEMORY.c.kind.in_(request.kinds)) if request.kinds else rows
+def _by_text(connection: Connection, request: Recall, query: str, when: When) -> list[Hit]:
+    """By the index of words over whole texts."""
+    order = find_words(connection, query, _conditions(request, when), request.limit)
+    rows = connection.execute(_counting(request, when).where(MEMORY.c.record_id.in_(order)))
+    found, asked = {row.record_id: row for row in rows}, _word_set(query)
+    return [_hit(found[one], _word_cosine(asked, _word_set(found[one].title))) for one in order]
 
 
-def _by_words(connection: Connection, request: Recall, query: str) -> list[Hit]:
+def _by_words(connection: Connection, request: Recall, query: str, when: When) -> list[Hit]:
     """Cosine of the sets of words in query and title, over the newest records; the same on every database."""
     asked = _word_set(query)
-    newest = _live(request).order_by(MEMORY.c.recorded_at.desc(), MEMORY.c.record_id).limit(WORD_SCAN)
+    newest = (
+        _counting(request, when).order_by(MEMORY.c.recorded_at.desc(), MEMORY.c.record_id).limit(WORD_SCAN)
+    )
     scored = ((_word_cosine(asked, _word_set(row.title)), row) for row in connection.execute(newest))
     # A stable sort keeps newer before older, and then the order of ids, among equals.
     best = sorted((pair for pair in scored if pair[0] > 0), key=lambda pair: -pair[0])
     return [_hit(row, cosine) for cosine, row in best[: request.limit]]
+
+
+def _merge(connection: Connection, tenant: str, record_id: str, close: Mapping[str, int], now: int) -> None:
+    mine = select(MEMORY.c.agent, MEMORY.c.subject).where(MEMORY.c.tenant == tenant)
+    scope = connection.execute(mine.where(MEMORY.c.record_id == record_id)).one()
+    same = select(MEMORY.c.record_id).where(
+        MEMORY.c.tenant == tenant,
+        MEMORY.c.agent == scope.agent,
+        MEMORY.c.subject == scope.subject,
+        MEMORY.c.record_id.in_(list(close)),
+    )
+    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    for other in connection.execute(same).scalars().all():
+        first, second = sorted((record_id, other))
+        values = dict(tenant=tenant, first=first, second=second, proposed_at=now)
+        connection.execute(
+            kind(MERGE).values(**values, cosine_permille=close[other]).on_conflict_do_nothing()
+        )
 
 
 def _word_set(text: str) -> frozenset[str]:
@@ -290,4 +428,6 @@ def _hit(row: Row[Any], cosine: float) -> Hit:
         recorded_at=from_micros(row.recorded_at),
         links=tuple(json.loads(row.links)),
         data_class=DataClass(row.data_class),
+        origin=Origin(row.origin),
+        expires_at=None if row.expires_at >= NEVER else from_micros(row.expires_at),
     )

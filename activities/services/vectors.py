@@ -1,8 +1,8 @@
 """Exact nearest-neighbour search over the embeddings in SQL, through one float32 matrix per tenant and model.
 
-SQL is the truth and the matrix follows it: an embedding row is written once and later at most emptied, and
-either change takes the next position, so that `position > last seen` finds whatever any process committed,
-deletions included. Nothing is approximate: the fast float32 pass only discards rows that cannot win.
+SQL is the truth and the matrix follows it: whatever changes about a record or its vector takes the next
+position, so that `position > last seen` finds whatever any process committed, deletions included. Nothing is
+approximate: the fast float32 pass only discards rows that cannot win.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from sqlalchemy import Column, Connection, Row, func, insert, select, text, upda
 
 from activities.services.database import Database
 from models.errors import InvalidInput
-from models.tables import EmbeddingRow, MemoryRow, table
+from models.tables import NEVER, EmbeddingRow, MemoryRow, table
 
 EMBEDDING = table(EmbeddingRow)
 MEMORY = table(MemoryRow)
@@ -36,6 +36,9 @@ READ_ROWS = 2048
 CHUNK_ROWS = 4096
 POSITIONS_LOCK = 0x636F756E74
 SHELVES = 64
+TIMES = ("recorded_at", "active_at", "valid_from", "valid_to", "expires_at")
+AGENT = "agent:"
+"""Before the name of an agent among the codes, so that no kind can be taken for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,21 @@ class Near:
 
     record_id: str
     cosine: float
+
+
+@dataclass(frozen=True, slots=True)
+class When:
+    """Whose records count, and when; times in microseconds."""
+
+    now: int = 0
+    """What has expired by then is never found, whatever else is asked."""
+    at: int = NEVER - 1
+    """The time at which a record must have counted."""
+    agent: str | None = None
+    """This agent's records and everybody's; `None` is all."""
+
+
+ALWAYS = When()
 
 
 def unit_vector(values: Sequence[float] | Vector, dimensions: int) -> Vector:
@@ -82,29 +100,44 @@ def put_vectors(connection: Connection, model: str, rows: Iterable[tuple[str, st
     position = next_position(connection, EMBEDDING.c.position)
     written = 0
     for tenant, record_id, vector in rows:
-        if _wants_vector(connection, tenant, record_id, model):
-            values = dict(tenant=tenant, record_id=record_id, model=model, position=position + written)
-            data = vector.astype(LITTLE).tobytes()
-            connection.execute(insert(EMBEDDING).values(**values, vector=data))
+        data = vector.astype(LITTLE).tobytes()
+        if _put_vector(connection, (tenant, record_id, model), position + written, data):
             written += 1
     return written
 
 
-def _wants_vector(connection: Connection, tenant: str, record_id: str, model: str) -> bool:
+def _put_vector(connection: Connection, key: tuple[str, str, str], position: int, data: bytes) -> bool:
     m, e = MEMORY.c, EMBEDDING.c
-    live = select(m.position).where(m.tenant == tenant, m.record_id == record_id, m.forgotten_at.is_(None))
-    has = select(e.position).where(e.tenant == tenant, e.record_id == record_id, e.model == model)
-    return connection.execute(live.where(~has.exists())).first() is not None
+    tenant, record_id, model = key
+    live = (m.tenant == tenant, m.record_id == record_id, m.forgotten_at.is_(None), m.standing != "expired")
+    mine = (e.tenant == tenant, e.record_id == record_id, e.model == model)
+    if connection.execute(select(m.position).where(*live)).first() is None:
+        return False
+    held = connection.execute(select(func.length(e.vector)).where(*mine)).scalar_one_or_none()
+    if held is None:
+        values = dict(tenant=tenant, record_id=record_id, model=model, position=position, vector=data)
+        connection.execute(insert(EMBEDDING).values(**values))
+    elif held == 0:
+        # It expired once and was learned again.
+        connection.execute(update(EMBEDDING).where(*mine).values(position=position, vector=data))
+    return not held
+
+
+def touch_vectors(connection: Connection, tenant: str, record_id: str) -> None:
+    """Let every reader of the vectors notice that something about the record has changed."""
+    mine = (EMBEDDING.c.tenant == tenant, EMBEDDING.c.record_id == record_id)
+    for model in connection.execute(select(EMBEDDING.c.model).where(*mine)).scalars().all():
+        position = next_position(connection, EMBEDDING.c.position)
+        connection.execute(
+            update(EMBEDDING).where(*mine, EMBEDDING.c.model == model).values(position=position)
+        )
 
 
 def empty_vectors(connection: Connection, tenant: str, record_id: str) -> None:
     """Empty the vectors of a record under every model, in a way that every reader notices."""
     mine = (EMBEDDING.c.tenant == tenant, EMBEDDING.c.record_id == record_id)
-    models = connection.execute(select(EMBEDDING.c.model).where(*mine)).scalars().all()
-    for model in models:
-        position = next_position(connection, EMBEDDING.c.position)
-        change = update(EMBEDDING).where(*mine, EMBEDDING.c.model == model)
-        connection.execute(change.values(position=position, vector=b""))
+    connection.execute(update(EMBEDDING).where(*mine).values(vector=b""))
+    touch_vectors(connection, tenant, record_id)
 
 
 class ExactVectors:
@@ -123,7 +156,13 @@ class ExactVectors:
         return self._dimensions
 
     async def nearest(
-        self, tenant: str, model: str, query: Sequence[float] | Vector, kinds: Sequence[str], limit: int
+        self,
+        tenant: str,
+        model: str,
+        query: Sequence[float] | Vector,
+        kinds: Sequence[str],
+        limit: int,
+        when: When = ALWAYS,
     ) -> list[Near]:
         """The `limit` records with the highest cosine; equal ones by newer time, then by record id.
 
@@ -131,16 +170,21 @@ class ExactVectors:
             InvalidInput: the query is no unit vector of the right size, or a stored vector is none.
         """
         checked = unit_vector(query, self._dimensions)
-        return await asyncio.to_thread(self._search, tenant, model, checked, tuple(kinds), limit)
 
-    def _search(
-        self, tenant: str, model: str, query: Vector, kinds: tuple[str, ...], limit: int
-    ) -> list[Near]:
-        shelf = self._shelf(tenant, model)
-        with shelf.lock:
-            self._database.read_now(shelf.refresh)
-            view = shelf.view(kinds)
-        return _winners(view, query, limit)
+        def search() -> list[Near]:
+            shelf = self._shelf(tenant, model)
+            with shelf.lock:
+                self._database.read_now(shelf.refresh)
+                view = shelf.view(tuple(kinds), when)
+            return _winners(view, checked, limit)
+
+        return await asyncio.to_thread(search)
+
+    def drop(self, tenant: str) -> None:
+        """Give back the memory of a tenant's vectors; the next search reads them again."""
+        with self._lock:
+            for key in [key for key in self._shelves if key[0] == tenant]:
+                del self._shelves[key]
 
     def _shelf(self, tenant: str, model: str) -> _Shelf:
         with self._lock:
@@ -170,10 +214,12 @@ class _Shelf:
         self._tenant, self._model = tenant, model
         self._seen = 0
         self._matrix = np.empty((0, dimensions), np.float32)
-        self._recorded = np.empty(0, np.int64)
+        self._times = np.empty((0, len(TIMES)), np.int64)
         self._kinds = np.empty(0, np.int32)
+        self._agents = np.empty(0, np.int32)
         self._alive = np.empty(0, np.bool_)
         self._ids: list[str] = []
+        self._rows: dict[str, int] = {}
         self._codes: dict[str, int] = {}
         self._dead = 0
 
@@ -183,7 +229,7 @@ class _Shelf:
         same = (MEMORY.c.tenant == EMBEDDING.c.tenant) & (MEMORY.c.record_id == EMBEDDING.c.record_id)
         e, m = EMBEDDING.c, MEMORY.c
         changes = (
-            select(e.position, e.record_id, e.vector, m.kind, m.recorded_at)
+            select(e.position, e.record_id, e.vector, m.kind, m.agent, *(m[name] for name in TIMES))
             .join_from(EMBEDDING, MEMORY, same)
             .where(*mine, e.position > self._seen)
             .order_by(e.position)
@@ -191,36 +237,45 @@ class _Shelf:
         )
         with connection.execute(changes) as result:
             for part in result.partitions(READ_ROWS):
-                self._bury({row.record_id for row in part if not row.vector})
+                self._bury(row.record_id for row in part)
                 self._add([row for row in part if row.vector])
                 self._seen = part[-1].position
         if self._dead > max(1024, len(self._ids) // 2):
             self._compact()
 
-    def view(self, kinds: tuple[str, ...]) -> _View:
+    def view(self, kinds: tuple[str, ...], when: When) -> _View:
         """What a search over these kinds sees."""
         count = len(self._ids)
-        rows = None
-        if kinds or self._dead:
-            wanted = self._alive[:count].copy()
-            if kinds:
-                wanted &= np.isin(self._kinds[:count], [self._codes.get(kind, -1) for kind in kinds])
-            rows = np.flatnonzero(wanted)
-        return _View(self._matrix[:count], self._recorded[:count], self._ids, rows)
+        times = self._times[:count].T
+        _, active, begins, ends, expires = times
+        wanted = self._alive[:count] & (expires > when.now) & (active <= when.at)
+        wanted &= (begins <= when.at) & (ends > when.at)
+        if kinds:
+            wanted &= np.isin(self._kinds[:count], [self._codes.get(kind, -1) for kind in kinds])
+        if when.agent is not None:
+            owners = [self._codes.get(AGENT + name, -1) for name in ("", when.agent)]
+            wanted &= np.isin(self._agents[:count], owners)
+        rows = None if wanted.all() else np.flatnonzero(wanted)
+        return _View(self._matrix[:count], times[0], self._ids, rows)
 
-    def _add(self, rows: list[Row[tuple[int, str, bytes, str, int]]]) -> None:
+    def _add(self, rows: Sequence[Row[Any]]) -> None:
         if not rows:
             return
         start, end = len(self._ids), len(self._ids) + len(rows)
         block = self._block(rows)
         self._reserve(end)
         self._matrix[start:end] = block
-        self._recorded[start:end] = [row.recorded_at for row in rows]
-        self._kinds[start:end] = [self._codes.setdefault(row.kind, len(self._codes)) for row in rows]
+        self._times[start:end] = [tuple(row[-len(TIMES) :]) for row in rows]
+        self._kinds[start:end] = [self._code(row.kind) for row in rows]
+        self._agents[start:end] = [self._code(AGENT + row.agent) for row in rows]
         self._alive[start:end] = True
         self._ids.extend(row.record_id for row in rows)
+        self._rows.update((row.record_id, start + number) for number, row in enumerate(rows))
 
-    def _block(self, rows: list[Row[tuple[int, str, bytes, str, int]]]) -> Vector:
+    def _code(self, name: str) -> int:
+        return self._codes.setdefault(name, len(self._codes))
+
+    def _block(self, rows: Sequence[Row[Any]]) -> Vector:
         size = self._matrix.shape[1] * LITTLE.itemsize
         for row in rows:
             if len(row.vector) != size:
@@ -233,26 +288,29 @@ class _Shelf:
         return block.astype(np.float32, copy=False)
 
     def _reserve(self, needed: int) -> None:
-        if needed <= len(self._recorded):
+        if needed <= len(self._alive):
             return
         # Untouched pages of a large allocation cost no memory, so doubling stays near 1x.
         capacity = max(256, 1 << (needed - 1).bit_length())
         self._matrix = _grown(self._matrix, len(self._ids), capacity)
-        self._recorded = _grown(self._recorded, len(self._ids), capacity)
+        self._times = _grown(self._times, len(self._ids), capacity)
         self._kinds = _grown(self._kinds, len(self._ids), capacity)
+        self._agents = _grown(self._agents, len(self._ids), capacity)
         self._alive = _grown(self._alive, len(self._ids), capacity)
 
-    def _bury(self, gone: set[str]) -> None:
-        if gone:
-            rows = [row for row, record_id in enumerate(self._ids) if record_id in gone]
-            self._dead += int(np.count_nonzero(self._alive[rows]))
+    def _bury(self, changed: Iterable[str]) -> None:
+        rows = [row for record_id in changed if (row := self._rows.pop(record_id, None)) is not None]
+        if rows:
+            self._dead += len(rows)
             self._alive[rows] = False
 
     def _compact(self) -> None:
         keep = np.flatnonzero(self._alive[: len(self._ids)])
-        self._matrix, self._recorded = self._matrix[keep], self._recorded[keep]
-        self._kinds, self._alive = self._kinds[keep], self._alive[keep]
+        self._matrix, self._times = self._matrix[keep], self._times[keep]
+        self._kinds, self._agents = self._kinds[keep], self._agents[keep]
+        self._alive = self._alive[keep]
         self._ids = [self._ids[row] for row in keep.tolist()]
+        self._rows = {record_id: row for row, record_id in enumerate(self._ids)}
         self._dead = 0
 
 
