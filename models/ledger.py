@@ -32,6 +32,8 @@ class EventType(StrEnum):
     COMPENSATION = "compensation"
     IN_DOUBT = "in_doubt"
     OUTCOME = "outcome"
+    BELIEF = "belief"
+    ERASURE = "erasure"
 
 
 class Draft(Frozen):

@@ -195,6 +195,8 @@ class Effect(Frozen):
     what: Effected
     receipt: Receipt | None = None
     reason: str = ""
+    rethink: bool = False
+    """What the proposal rests on has changed, so that planning it again is not enough."""
 
 
 class Reading(Frozen):

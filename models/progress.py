@@ -28,7 +28,9 @@ class Progress:
     expired: bool = False
     feedback: list[Ref] = field(default_factory=list[Ref])
     proposal: Ref | None = None
-    """Stands until a person wants it revised."""
+    """Stands until a person wants it revised, or what it rests on has changed."""
+    rethought: str = ""
+    """What had changed, if that is why there is no proposal; people are shown it with the next one."""
     kept: list[Receipt] = field(default_factory=list[Receipt])
     """Applied under an earlier intent and kept."""
     skips: tuple[int, ...] = ()
@@ -72,8 +74,7 @@ class Progress:
                 self.automatic = body["standing"] == Standing.PASSED
                 self.expired = body["standing"] == Standing.EXPIRED
             case EventType.DRIFT:
-                self.digest = None
-                self._keep([Receipt.model_validate(one) for one in body["kept"]])
+                self._drift(body)
             case EventType.COMPENSATION:
                 self.undoing, self.undo_reason = tuple(body["actions"]), str(body["reason"])
             case EventType.OUTCOME:
@@ -81,12 +82,18 @@ class Progress:
             case _:
                 pass
 
+    def _drift(self, body: dict[str, Any]) -> None:
+        self.digest = None
+        if body.get("rethink"):
+            self.proposal, self.rethought = None, str(body["reason"])
+        self._keep([Receipt.model_validate(one) for one in body["kept"]])
+
     def _open(self, digest: str, number: int) -> None:
         self.digest = self.last_digest = digest
         self.intents = number
         self.delivered_at, self.reminders, self.verdicts = None, 0, []
         self.automatic = self.expired = False
-        self.undoing, self.undo_reason = (), ""
+        self.undoing, self.undo_reason, self.rethought = (), "", ""
 
     def _propose(self, body: dict[str, Any]) -> None:
         self.proposal = Ref.model_validate(body["proposal"])

@@ -278,6 +278,9 @@ class Loop:
         stage, proposal = self._stage(), journal.proposal
         if proposal is None or journal.progress.proposal is None:
             proposal = await self.propose(tuple(journal.progress.feedback))
+            if journal.progress.rethought:
+                concerns = (journal.progress.rethought, *proposal.concerns)
+                proposal = proposal.model_copy(update={"concerns": concerns})
             permit(journal.admitted.policy, proposal)
             async with journal.writing():
                 if stage != self._stage() or not await journal.propose(proposal):

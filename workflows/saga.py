@@ -96,14 +96,14 @@ class Saga:
             case Effected.IN_DOUBT:
                 return Carried(Status.IN_DOUBT, effect.reason, self._done)
             case Effected.DRIFTED:
-                return await self._drifted(effect.reason)
+                return await self._drifted(effect.reason, effect.rethink)
             case Effected.REFUSED:
                 return await self._unwound(Status.STALE, effect.reason)
             case _:
                 status = Status.CANCELLED if self._cancelled else Status.FAILED
                 return await self._unwound(status, effect.reason)
 
-    async def _drifted(self, reason: str) -> Carried:
+    async def _drifted(self, reason: str, rethink: bool = False) -> Carried:
         """Before the first effect nothing is lost; after it, policy says what becomes of what was applied."""
         if self._done and not self._intent.gate.keep_partial:
             undone = await self._unwound(Status.STALE, f"drift: {reason}")
@@ -111,7 +111,8 @@ class Saga:
                 return undone
             self._done = []
         kept = [receipt.model_dump(mode="json") for receipt in self._done]
-        await self._log(EventType.DRIFT, {"reason": reason, "kept": kept})
+        body: dict[str, Any] = {"reason": reason, "kept": kept}
+        await self._log(EventType.DRIFT, body | ({"rethink": True} if rethink else {}))
         return Carried(None, reason, self._done)
 
     async def _unwound(self, status: Status, reason: str) -> Carried:

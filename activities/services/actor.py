@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from activities.connectors.base import Applied, Connector, Work
+from activities.services.beliefs import stale_in
 from activities.services.content import ContentStore, get_blob, put_blob
 from activities.services.database import Database
 from activities.services.ledger_store import add_in, entries_in
@@ -58,6 +59,7 @@ class _Job:
     expected: str
     who: Claimant
     stale: str | None = None
+    rethink: bool = False
     hold: Hold | None = None
 
 
@@ -112,7 +114,7 @@ class Actor:
         if isinstance(job, Effect):
             return job
         if job.stale is not None:
-            return await self._drifted(job, job.stale)
+            return await self._drifted(job, job.stale, job.rethink)
         if (ended := _ended(job)) is not None:
             return ended
         found = await self._found(job)
@@ -220,6 +222,8 @@ class Actor:
         # Once an attempt was made its end must be found out, whatever policy says by now.
         if not undo and look(link, job.who, now) is None and self._is_outdated(job.intent):
             return replace(job, stale="the policy has changed since this was approved")
+        if not undo and look(link, job.who, now) is None and (changed := stale_in(link, job.intent)):
+            return replace(job, stale=changed, rethink=True)
         return replace(job, hold=reserve(link, job.who, now))
 
     def _is_outdated(self, intent: Intent) -> bool:
@@ -324,9 +328,9 @@ class Actor:
     async def _close(self, job: _Job, state: Held, reason: str) -> bool:
         return await self._database.write(lambda link: close(link, job.who, self._clock(), state, reason))
 
-    async def _drifted(self, job: _Job, reason: str) -> Effect:
+    async def _drifted(self, job: _Job, reason: str, rethink: bool = False) -> Effect:
         await self._close(job, Held.DRIFTED, f"drift: {reason[:200]}")
-        return Effect(what=Effected.DRIFTED, reason=reason[:300])
+        return Effect(what=Effected.DRIFTED, reason=reason[:300], rethink=rethink)
 
 
 def _refusal(

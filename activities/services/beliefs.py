@@ -1,0 +1,239 @@
+"""Beliefs in SQL: immutable snapshots, and one head per tenant, agent and subject.
+
+A change is one transaction: the event's id is looked up, version and epoch are compared, snapshot, head and
+ledger event are written. Whoever lost reads again and decides again; nothing is merged behind anybody's back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, select, update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from activities.services.database import Database, from_micros, to_micros
+from activities.services.ledger_store import add_in
+from models.beliefs import Belief, Change, Settled, apply, difference, read_evidence, stale_fields
+from models.canonical import canonical, derived_id, sha256
+from models.errors import LedgerBroken, LedgerConflict, UnknownName
+from models.ledger import Draft, EventType
+from models.loop import Intent
+from models.tables import BeliefHead, BeliefSnapshot, table
+
+HEAD = table(BeliefHead)
+SNAPSHOT = table(BeliefSnapshot)
+TRIES = 50
+logger = logging.getLogger(__name__)
+
+
+class Beliefs:
+    """The beliefs of all agents."""
+
+    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
+        """The clock stamps snapshots and events."""
+        self._database = database
+        self._clock = clock
+
+    async def now(self, tenant: str, agent: str, subject: str) -> Belief:
+        """What is believed; version 0 when nothing is yet."""
+        return await self._database.read(lambda link: belief_in(link, tenant, agent, subject))
+
+    async def at(self, tenant: str, agent: str, subject: str, version: int) -> Belief:
+        """What was believed at a version.
+
+        Raises:
+            UnknownName: there is no such version.
+        """
+        return await self._database.read(lambda link: belief_in(link, tenant, agent, subject, version))
+
+    async def history(self, tenant: str, agent: str, subject: str, limit: int = 50) -> tuple[Settled, ...]:
+        """The newest versions, oldest first, with when they came to stand."""
+        wanted = (
+            select(SNAPSHOT)
+            .where(*_mine(SNAPSHOT, tenant, agent, subject))
+            .order_by(SNAPSHOT.c.version.desc())
+            .limit(limit)
+        )
+        rows = await self._database.read(lambda link: link.execute(wanted).all())
+        return tuple(
+            Settled(won=True, belief=_read(row), at=from_micros(row.recorded_at), reason=row.event_id)
+            for row in reversed(rows)
+        )
+
+    async def subjects(self, tenant: str) -> tuple[tuple[str, str, int], ...]:
+        """Agent, subject and version of every belief."""
+        heads = select(HEAD.c.agent, HEAD.c.subject, HEAD.c.version).where(HEAD.c.tenant == tenant)
+        rows = await self._database.read(
+            lambda link: link.execute(heads.order_by(HEAD.c.subject, HEAD.c.agent)).all()
+        )
+        return tuple((row.agent, row.subject, row.version) for row in rows)
+
+    async def claim(self, tenant: str, agent: str, subject: str, holder: str) -> int:
+        """Become the owner; the epoch fences off whoever was it before. The same holder keeps its epoch."""
+        return await self._database.write(lambda link: _claim(link, tenant, agent, subject, holder))
+
+    async def change(self, change: Change, expected: int | None = None, epoch: int | None = None) -> Settled:
+        """Make the next version if `expected` and `epoch` still stand; without them, on whatever stands.
+
+        Raises:
+            InvalidInput: what is set is too large.
+        """
+        now = self._clock()
+        settled = await self._database.write(lambda link: change_in(link, change, expected, epoch, now))
+        if settled.reason:
+            logger.info("a belief was not changed: %s", settled.reason)
+        return settled
+
+    async def decide(
+        self,
+        tenant: str,
+        agent: str,
+        subject: str,
+        think: Callable[[Belief], Change],
+        epoch: int | None = None,
+    ) -> Settled:
+        """Read, think and compare-and-set, again and again until it fits.
+
+        Raises:
+            LedgerConflict: others were faster every time, or another owner has taken over.
+        """
+        for _ in range(TRIES):
+            seen = await self.now(tenant, agent, subject)
+            settled = await self.change(think(seen), seen.version, epoch)
+            if settled.won or settled.known:
+                return settled
+            if epoch is not None and settled.belief.version == seen.version:
+                break
+        raise LedgerConflict(f"belief: {subject} changed under every attempt; read it and decide again")
+
+
+def change_in(
+    connection: Connection, change: Change, expected: int | None, epoch: int | None, now: datetime
+) -> Settled:
+    """Make the next version inside a transaction that is under way."""
+    head = _head(connection, change.tenant, change.agent, change.subject)
+    standing = belief_in(connection, change.tenant, change.agent, change.subject)
+    mine = _mine(SNAPSHOT, change.tenant, change.agent, change.subject)
+    known = connection.execute(select(SNAPSHOT.c.version).where(*mine, SNAPSHOT.c.event_id == change.event))
+    if known.first() is not None:
+        return Settled(won=False, known=True, belief=standing)
+    if epoch is not None and epoch != head.epoch:
+        return Settled(won=False, belief=standing, reason=f"owner epoch {epoch} was followed by {head.epoch}")
+    if expected is not None and expected != head.version:
+        return Settled(
+            won=False, belief=standing, reason=f"version {expected} was followed by {head.version}"
+        )
+    made = apply(standing, change)
+    _store(connection, made, change.event, head, now)
+    return Settled(won=True, belief=made, at=now)
+
+
+def belief_in(
+    connection: Connection, tenant: str, agent: str, subject: str, version: int | None = None
+) -> Belief:
+    """A version of a belief, or the one that stands.
+
+    Raises:
+        UnknownName: there is no such version.
+    """
+    mine = _mine(SNAPSHOT, tenant, agent, subject)
+    wanted = select(SNAPSHOT).where(*mine).order_by(SNAPSHOT.c.version.desc()).limit(1)
+    row = connection.execute(
+        wanted if version is None else wanted.where(SNAPSHOT.c.version == version)
+    ).first()
+    if row is not None:
+        return _read(row)
+    if version:
+        raise UnknownName(f"version: {subject} has no version {version}; `countersign beliefs history` lists")
+    return Belief(tenant=tenant, agent=agent, subject=subject)
+
+
+def stale_in(connection: Connection, intent: Intent) -> str | None:
+    """Which belief an intent rests on that has changed since, and how; `None` if all stand."""
+    for one in intent.proposal.evidence:
+        if (read := read_evidence(one)) is None:
+            continue
+        subject, version, fields = read
+        now = belief_in(connection, intent.tenant, intent.proposer, subject)
+        changed = stale_fields(version, fields, now)
+        if changed:
+            return _told(connection, now, version, changed)
+    return None
+
+
+def _told(connection: Connection, now: Belief, version: int, changed: tuple[str, ...]) -> str:
+    try:
+        then = belief_in(connection, now.tenant, now.agent, now.subject, version)
+    except UnknownName:
+        return f"what was believed about {now.subject} is not known any more"
+    deltas = [delta.text() for delta in difference(then, now) if delta.key in changed]
+    return f"belief about {now.subject} changed since version {version}: {'; '.join(deltas) or changed}"
+
+
+def _mine(of: Any, tenant: str, agent: str, subject: str) -> tuple[Any, ...]:
+    return of.c.tenant == tenant, of.c.agent == agent, of.c.subject == subject
+
+
+def _head(connection: Connection, tenant: str, agent: str, subject: str) -> Row[Any]:
+    """The head row, held until the transaction ends."""
+    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    blank = dict(tenant=tenant, agent=agent, subject=subject, version=0, epoch=0, holder="")
+    connection.execute(kind(HEAD).values(**blank).on_conflict_do_nothing())
+    return connection.execute(
+        select(HEAD).where(*_mine(HEAD, tenant, agent, subject)).with_for_update()
+    ).one()
+
+
+def _claim(connection: Connection, tenant: str, agent: str, subject: str, holder: str) -> int:
+    head = _head(connection, tenant, agent, subject)
+    if head.holder == holder:
+        return int(head.epoch)
+    mine = _mine(HEAD, tenant, agent, subject)
+    connection.execute(update(HEAD).where(*mine).values(holder=holder, epoch=head.epoch + 1))
+    return int(head.epoch) + 1
+
+
+def _store(connection: Connection, made: Belief, event: str, head: Row[Any], now: datetime) -> None:
+    state = canonical(made)
+    key = dict(tenant=made.tenant, agent=made.agent, subject=made.subject, version=made.version)
+    facts = dict(event_id=event, epoch=head.epoch, state=state, digest=sha256(state))
+    connection.execute(SNAPSHOT.insert().values(**key, **facts, recorded_at=to_micros(now)))
+    moved = connection.execute(
+        update(HEAD)
+        .where(*_mine(HEAD, made.tenant, made.agent, made.subject))
+        .where(HEAD.c.version == made.version - 1, HEAD.c.epoch == head.epoch)
+        .values(version=made.version)
+    )
+    if moved.rowcount != 1:
+        raise LedgerConflict(f"belief: {made.subject} changed meanwhile; read it and decide again")
+    add_in(connection, made.tenant, _event(made, event, facts["digest"]), now)
+
+
+def belief_stream(tenant: str, agent: str, subject: str) -> str:
+    """The ledger stream of a belief; subjects may be people, so it does not spell them."""
+    return f"belief/{derived_id('belief', tenant, agent, subject)}"
+
+
+def _event(made: Belief, event: str, digest: Any) -> Draft:
+    stream = belief_stream(made.tenant, made.agent, made.subject)
+    return Draft(
+        event_id=derived_id("event", made.tenant, stream, EventType.BELIEF, made.version),
+        stream=stream,
+        type=EventType.BELIEF,
+        actor_kind="agent",
+        actor_ref=made.agent,
+        correlation_id=stream,
+        causation_id=event,
+        body={"version": made.version, "state": digest},
+    )
+
+
+def _read(row: Row[Any]) -> Belief:
+    if sha256(row.state) != row.digest:
+        raise LedgerBroken(f"belief about {row.subject} version {row.version} does not hash to its name")
+    return Belief.model_validate(json.loads(row.state))
