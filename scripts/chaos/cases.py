@@ -14,6 +14,7 @@ from models.gate import Kind
 from models.loop import Guarantee, Status
 from models.loop import workflow_id as id_of
 from scripts.chaos.hooks import How
+from scripts.chaos.targets import QUICK, SLOW
 
 NULL, SITE = "null", "site"
 ASKED, BLIND = Guarantee.ASKED.value, Guarantee.BLIND.value
@@ -85,7 +86,8 @@ class Case:
             return _post(self.key)
         if self.connector == NULL:
             return _note(self.key, **({"target": self.key} if self.story is Story.DRIFTED else {}))
-        arguments = {"text": self.key}
+        seconds = SLOW if self.boundary.endswith(".sent") else QUICK
+        arguments = {"text": self.key, "seconds": str(seconds)}
         return {"connector": self.connector, "operation": "send", "arguments": arguments, "title": "Write"}
 
 

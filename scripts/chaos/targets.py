@@ -16,7 +16,9 @@ from activities.connectors.base import Applied, Dry, Work
 from models.errors import ConnectorRejected, ConnectorUnavailable
 from models.loop import Guarantee, Reversibility
 
-UNDERWAY = timedelta(seconds=0.4)
+QUICK, SLOW = 0.4, 4.0
+"""Seconds until a letter arrives. A slow one arrives long after its sender was missed and replaced."""
+SETTLE = timedelta(seconds=SLOW + 0.5)
 POLL = 0.02
 VERSION = "0"
 
@@ -34,7 +36,7 @@ class Letters:
         """`sent` is told `sent` when a letter is on its way, before it arrives."""
         self.name: str = guarantee.value
         self.guarantee = guarantee
-        self.settle = 2 * UNDERWAY
+        self.settle = SETTLE
         self._folder = folder / guarantee.value
         self._folder.mkdir(parents=True, exist_ok=True)
         self._clock = clock
@@ -57,7 +59,7 @@ class Letters:
             raise ConnectorUnavailable("letters: the attempt's deadline has passed; nothing was sent")
         path = self._folder / uuid.uuid4().hex
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({"key": key}))
+        draft.write_text(json.dumps({"key": key, "arrives": time.time() + float(work.arguments["seconds"])}))
         draft.rename(path)
         self._sent("sent")
         while path not in self._arrived():  # noqa: ASYNC110 - the post has no event to await
@@ -80,8 +82,8 @@ class Letters:
         return [path for path in self._folder.iterdir() if not path.suffix]
 
     def _arrived(self) -> list[Path]:
-        before = time.time() - UNDERWAY.total_seconds()
-        return [path for path in self._letters() if path.stat().st_mtime <= before]
+        now = time.time()
+        return [path for path in self._letters() if json.loads(path.read_text())["arrives"] <= now]
 
 
 def _key(path: Path) -> str:
