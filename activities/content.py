@@ -114,6 +114,12 @@ class Rewritten(Frozen):
     answer: Ref
 
 
+class Nothing(Frozen):
+    """An empty answer is wanted."""
+
+    tenant: Name
+
+
 class Compose(Frozen):
     """Put the article together."""
 
@@ -162,6 +168,11 @@ class Drafting:
         self._limits = limits
         self._sites = sites
         self._speed = tokens_per_second
+
+    @activity.defn(name="no_answer")
+    async def nothing(self, wanted: Nothing) -> Ref:
+        """An empty text, in the place of an answer that no model could give."""
+        return await self._store.put(wanted.tenant, b"", MARKDOWN)
 
     @activity.defn(name="content_open_brief")
     async def open_brief(self, order: OpenBrief) -> BriefHead:

@@ -25,19 +25,16 @@ def full_card(intent: Intent, texts: Mapping[str, str]) -> str:
 
 
 def short_card(intent: Intent, digest: str, full: str) -> str:
-    """Markdown of at most `SHORT_LIMIT` characters plus the answer to paste."""
+    """Markdown of at most `SHORT_LIMIT` characters, the answer to paste included."""
     tail = "\n".join(_answer(digest))
-    if len(full) + len(tail) <= SHORT_LIMIT:
+    if len(full) + len(tail) < SHORT_LIMIT:
         return f"{full}\n{tail}"
-    head = "\n".join(_head(intent))
     notice = (
-        f"**This card is cut.** All of it: `countersign show {intent.workflow_id}` "
+        f"**This card is cut.** All of it: `countersign show {_inline(intent.workflow_id)[:200]}` "
         f"({len(full.encode())} bytes, intent `{digest}`)."
     )
-    room = max(0, SHORT_LIMIT - len(notice) - len(head) - len(tail) - 40)
-    rest = full[len(head) : len(head) + room]
-    closed = rest + ("\n````" if rest.count("\n````") % 2 else "")
-    return f"{notice}\n\n{head}{closed}\n\n…\n{tail}"
+    cut = _cut(full, SHORT_LIMIT - len(notice) - len(tail) - len("\n\n\n\n…\n"))
+    return f"{notice}\n\n{cut}\n\n…\n{tail}"
 
 
 def answer_json(digest: str) -> str:
@@ -58,6 +55,31 @@ def fenced(text: str, language: str = "") -> list[str]:
     return [f"{fence}{language}", *visible(text).rstrip("\n").split("\n"), fence]
 
 
+def _cut(text: str, room: int) -> str:
+    """As much as fits, with the fence that is open there closed."""
+    kept: list[str] = []
+    fence = ""
+    for line in text.split("\n"):
+        after = _fence_after(line, fence)
+        left = room - len(after) - 2
+        if len(line) > left:
+            # Inside a fence a piece of a line is safe; anywhere else it could begin something.
+            kept += [line[: max(0, left)], fence] if fence and after else [fence] if fence else []
+            break
+        kept.append(line)
+        fence = after
+        room -= len(line) + 1
+    return "\n".join(kept)
+
+
+def _fence_after(line: str, fence: str) -> str:
+    """The fence that is open after a line."""
+    if fence:
+        return "" if line == fence else fence
+    run = line[: len(line) - len(line.lstrip("`"))]
+    return run if len(run) >= 4 else ""
+
+
 def _head(intent: Intent) -> list[str]:
     proposal = intent.proposal
     rows = [
@@ -66,7 +88,7 @@ def _head(intent: Intent) -> list[str]:
         ("actions", str(len(intent.plans))),
         ("intent", f"number {intent.number} of this run"),
         ("open until", f"{_time(intent.expires_at)} at the latest"),
-        ("cost so far", cost_text(proposal.estimated)),
+        ("estimated cost", cost_text(proposal.estimated)),
     ]
     if proposal.not_before is not None:
         rows.append(("not before", _time(proposal.not_before)))
@@ -99,7 +121,7 @@ def _plan_line(plan: Plan) -> str:
     parts = [
         f"target `{_inline(plan.target)}`",
         f"version `{_inline(plan.target_version[:16])}`",
-        f"{plan.reversibility} (undo: {_inline(plan.undo)})",
+        f"{plan.reversibility} (undo: `{_inline(plan.undo)}`)",
         f"guarantee {plan.guarantee}",
     ]
     return " · ".join(parts)
@@ -124,7 +146,11 @@ def _answer(digest: str) -> list[str]:
 
 def cost_text(cost: Cost) -> str:
     """Money, tokens and time in words; unknown is said, never zero."""
-    money = f"{cost.amount} {cost.currency}" if cost.amount is not None else "money unknown"
+    money = (
+        f"{cost.amount} {_inline(cost.currency or 'of unknown currency')}"
+        if cost.amount is not None
+        else "money unknown"
+    )
     tokens = f"{cost.tokens} tokens" if cost.tokens is not None else "tokens unknown"
     seconds = f"{cost.milliseconds / 1000:.1f} s" if cost.milliseconds is not None else "time unknown"
     return f"{money}, {tokens}, {seconds}"

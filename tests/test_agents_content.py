@@ -100,6 +100,30 @@ async def test_a_brief_becomes_a_published_page_after_approval_only(site: Stack)
     assert len(routed) >= 4
 
 
+async def test_a_model_whose_answers_are_of_no_use_still_leads_to_an_article_by_code(
+    temporal: TemporalSettings, tmp_path: Path
+) -> None:
+    tier = TierSettings(name="large", kind="llama_cpp", url="http://127.0.0.1:9")
+    where = SiteSettings(
+        name="site",
+        repository=Path("site.git"),
+        build=Path("site"),
+        address="http://127.0.0.1:9",
+        engine="plain",
+    )
+    limits = ContentSettings(min_words=10)
+    settings = settings_for(temporal, tmp_path, tiers=(tier,), sites=(where,), content=limits)
+    parts = Parts(endpoints={"large": Scripted("large", lambda prompt: "no JSON, and 77 invented numbers")})
+    async with stack_of(settings, parts, ROLES) as stack:
+        run = await draft(stack)
+        digest = await stack.digest(run)
+        card = await run.handle.query("card")
+        assert "- From 1 November we open at 7:00" in card
+        assert "77" not in card
+        await stack.answer(run, Kind.REJECT, digest)
+        await run.handle.result()
+
+
 async def test_a_second_article_on_the_same_subject_says_so_and_the_same_one_is_declined(site: Stack) -> None:
     first = await draft(site)
     await site.approve(first)

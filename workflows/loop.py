@@ -16,7 +16,7 @@ from temporalio.exceptions import ActivityError, ApplicationError, FailureError,
 from activities.routing import Routing
 from models.agent import AgentSpec
 from models.card import answer_json
-from models.errors import AllTiersFailed, CountersignError, Declined, InvalidInput
+from models.errors import AllTiersFailed, CountersignError, Declined, InvalidInput, OutputInvalid
 from models.gate import Judged, Kind, Refusal, Standing, read_message
 from models.inference import Answered, Ask, Call
 from models.ledger import event_id
@@ -196,11 +196,26 @@ class Loop:
         return await policies.book(activity, order)
 
     async def ask(self, call: Call) -> Answered:
-        """Put a call to a model: routed, recorded, with one fallback.
+        """Put a call to a model: routed, recorded, with one fallback; waits while every tier is away.
 
         Raises:
-            AllTiersFailed: no permitted tier answered.
+            OutputInvalid: the permitted tiers answered, and none of them to any use.
+            AllTiersFailed: they stayed away for as long as the agent may think.
         """
+        since, pause = workflow.now(), policies.FIRST_PAUSE
+        while isinstance(answered := await self._one_round(call), tuple):
+            if all(kind == OutputInvalid.__name__ for kind in answered):
+                raise OutputInvalid(f"{call.task}: no permitted tier gave a usable answer")
+            if workflow.now() + pause - since > self.SPEC.think:
+                raise AllTiersFailed(
+                    f"{call.task}: no tier answered for {self.SPEC.think}; start one"
+                )
+            await workflow.sleep(pause, summary=f"{call.task}: no tier answers")
+            pause = min(pause * 2, policies.LONGEST_PAUSE)
+        return answered
+
+    async def _one_round(self, call: Call) -> Answered | tuple[str, ...]:
+        """An answer, or what went wrong with each tier."""
         self._calls += 1
         order = RouteOrder(
             tenant=self.request.tenant,
@@ -210,18 +225,21 @@ class Loop:
             call=call,
         )
         routed: Routed = await policies.book(Routing.route, order, f"route {call.task}")
+        failures: list[str] = []
         for number, tier in enumerate(routed.route.tiers):
             try:
                 ask = Ask(tenant=order.tenant, workflow_id=order.workflow_id, call=call, tier=tier)
                 answered = await policies.infer(ask, routed.queues[number], self.journal.admitted.pace)
             except ActivityError as error:
-                if policies.error_type(error) not in GO_ON or _is_cancelled(error):
+                kind = policies.error_type(error)
+                if kind not in GO_ON or _is_cancelled(error):
                     raise
+                failures.append(kind)
                 await self._fell(order, routed, number, policies.error_text(error))
             else:
                 self.cost = sum_costs(self.cost, answered.cost)
                 return answered
-        raise AllTiersFailed(f"{call.task}: no permitted tier answered ({', '.join(routed.route.tiers)})")
+        return tuple(failures)
 
     # The loop.
 

@@ -23,6 +23,8 @@ SOON = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_interva
 """Until it works or is final: the step is owed."""
 TWICE = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_attempts=2)
 """For models: the next tier is the better second try."""
+FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=20), timedelta(minutes=10)
+"""Between rounds over all tiers, while every one of them is away."""
 BOOKKEEPING = timedelta(hours=24)
 """A full disk or a locked database may take a person to mend; nothing is lost by waiting."""
 

@@ -11,13 +11,14 @@ from activities.content import (
     Compose,
     Composed,
     Drafting,
+    Nothing,
     OpenBrief,
     Rewritten,
 )
 from models.agent import AgentSpec
 from models.canonical import derived_id
 from models.drafting import METADATA, OUTLINE, PARAPHRASE, SECTION
-from models.errors import Declined
+from models.errors import Declined, OutputInvalid
 from models.inference import Call, Param
 from models.loop import Action, Cost, Evidence, Outcome, Proposal, Ref, Request, Status
 from models.memory import Memo, Recall, Recalled
@@ -101,7 +102,11 @@ class Content(Loop):
         return await self.local(Drafting.compose, compose)
 
     async def _answer(self, task: str, inputs: dict[str, Ref], **params: Param) -> Ref:
-        return (await self.ask(Call(task=task, inputs=inputs, params=params))).text
+        try:
+            return (await self.ask(Call(task=task, inputs=inputs, params=params))).text
+        except OutputInvalid:
+            # Code's own outline, notes and choices stand in for an answer of no use, and the card says so.
+            return await self.local(Drafting.nothing, Nothing(tenant=self.request.tenant))
 
     def _proposal_of(self, head: BriefHead, draft: Composed, recalled: Recalled) -> Proposal:
         blind = (f"memory answered only in part: {recalled.degraded}",) if recalled.degraded else ()
