@@ -172,6 +172,8 @@ class Probed(Frozen):
 
     tier: Name
     reachable: bool
+    held: bool = False
+    """Another model than the accepted one answers there."""
     model: str | None = None
     context_tokens: int | None = None
     """Prompt plus answer that one request may use."""

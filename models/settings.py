@@ -57,7 +57,7 @@ class TierSettings(Frozen):
     structured: bool = True
     connect_seconds: int = Field(default=5, ge=1)
     first_token_seconds: int | None = Field(default=None, ge=1)
-    """Reading a long prompt is slow without a graphics card; `None` leaves it to `timeout_seconds`."""
+    """Reading a long prompt is slow without a graphics card; `None` is three quarters of the whole."""
     idle_seconds: int = Field(default=30, ge=1)
     """The longest pause between two tokens."""
     timeout_seconds: int = Field(default=120, ge=1)

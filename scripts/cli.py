@@ -24,6 +24,7 @@ PLACES = {
     "revise": "answer",
     "delegate": "answer",
     "agents": "agents",
+    "tiers": "tiers",
     "schedules": "schedules",
     "ledger": "ledger",
 }

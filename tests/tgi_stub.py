@@ -37,6 +37,8 @@ class Asked:
     path: str
     headers: dict[str, str]
     body: Any
+    port: int = 0
+    """The caller's, so that connections can be told apart."""
 
 
 class TgiStub:
@@ -60,6 +62,8 @@ class TgiStub:
         self.delay = delay
         self.hold: asyncio.Event | None = None
         """Streams stop after their first token until it is set."""
+        self.hold_above = 0
+        """Only those that may be longer than so many tokens."""
         self.drops_schemas = False
         self.usage = True
         self.running = 0
@@ -197,7 +201,7 @@ class TgiStub:
             if said.refusal is not None:
                 events = [refused_inside(said)]
             for number, event in enumerate(events):
-                if number == 1 and self.hold is not None:
+                if number == 1 and self.hold is not None and said.most > self.hold_above:
                     await self.hold.wait()
                 await response.write(b": keep-alive\n\n" + as_event(event))
             if "messages" in said.body:
@@ -216,7 +220,8 @@ class TgiStub:
         except ValueError:
             body = raw
         headers = {name.lower(): value for name, value in request.headers.items()}
-        self.requests.append(Asked(request.method, request.path, headers, body))
+        port = request.transport.get_extra_info("peername")[1] if request.transport else 0
+        self.requests.append(Asked(request.method, request.path, headers, body, port))
         return raw
 
     def _objection(self, body: dict[str, Any]) -> str | None:
@@ -297,6 +302,12 @@ class Said:
     text: str = ""
     finish: str = "stop"
     refusal: web.Response | None = None
+
+    @property
+    def most(self) -> int:
+        """Tokens it may be long."""
+        parameters = self.body.get("parameters") or {}
+        return self.body.get("max_tokens") or parameters.get("max_new_tokens") or 0
 
     @property
     def usage(self) -> dict[str, int]:

@@ -40,9 +40,8 @@ from activities.services.routes import Routes
 from activities.services.site_server import SiteServer
 from activities.services.vectors import ExactVectors
 from activities.tiers.base import Embedder, Endpoint
-from activities.tiers.embeddings import Embeddings
-from activities.tiers.llama_cpp import LlamaCpp
-from activities.tiers.tgi import Tgi
+from activities.tiers.kinds import chat_endpoint
+from activities.tiers.kinds import embedder as embedding_adapter
 from activities.tiers.wire import http_client
 from models.canonical import sha256
 from models.inference import Task
@@ -176,14 +175,14 @@ class _Composer:
         if tier.name in self._parts.endpoints:
             return self._parts.endpoints[tier.name]
         client = await self._stack.enter_async_context(http_client(tier))
-        return {"llama_cpp": LlamaCpp, "tgi": Tgi}[tier.kind](tier, client)
+        return chat_endpoint(tier, client)
 
     async def _remember(self) -> Worker:
         settings = self._settings.embeddings
         embedder = self._parts.embedder
         if embedder is None and settings is not None:
             client = await self._stack.enter_async_context(http_client(settings))
-            embedder = Embeddings(settings, client)
+            embedder = embedding_adapter(settings, client)
         dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
         vectors = ExactVectors(self._database, dimensions)
         store = MemoryStore(self._database, self._content, embedder, vectors)

@@ -82,10 +82,13 @@ class Limits:
 
     @classmethod
     def of(cls, settings: TierSettings) -> Limits:
-        """As the settings say."""
+        """As the settings say; the first token has its own limit in any case.
+
+        Only that one speaks of the server: a whole answer may be late because much was asked for.
+        """
         return cls(
             connect=settings.connect_seconds,
-            first_token=settings.first_token_seconds,
+            first_token=settings.first_token_seconds or settings.timeout_seconds * 0.75,
             idle=settings.idle_seconds,
             total=settings.timeout_seconds,
         )

@@ -20,6 +20,7 @@ from http import HTTPStatus
 from typing import Any, cast
 
 import httpx
+from aiohttp import ClientConnectorError
 from httpx_aiohttp import AiohttpTransport
 
 from activities.tiers import heard
@@ -297,13 +298,15 @@ class ChatEndpoint:
 
     def away(self, error: httpx.HTTPError) -> CountersignError:
         """The error for a connection that was not made or broke."""
-        cause = type(error).__name__
-        if _not_connected(error):
+        cause = type(error.__cause__ or error).__name__
+        if _too_late_to_connect(error):
             return self.late(TimeLimit.CONNECT, cause, sent=False)
         if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
             return self.late(TimeLimit.TOTAL, cause)
         text = f"no answer ({cause}); check that its server runs at its url"
-        sent = not isinstance(error, httpx.ConnectError | httpx.UnsupportedProtocol)
+        sent = not isinstance(error, httpx.ConnectError | httpx.UnsupportedProtocol) and not isinstance(
+            error.__cause__, ClientConnectorError
+        )
         return self.failed(Ending.BACKEND_FAULT, text, sent=sent)
 
     def late(self, limit: TimeLimit, cause: str = "TimeoutError", sent: bool = True) -> CountersignError:
@@ -436,8 +439,8 @@ def _object(event: Event) -> Any:
     return {"error": body} if event.field == "error" else body
 
 
-def _not_connected(error: httpx.HTTPError) -> bool:
-    # The transport calls a connection that the server closed a connect timeout too; its cause tells.
+def _too_late_to_connect(error: httpx.HTTPError) -> bool:
+    # The transport calls every broken connection a connect timeout; only its cause tells.
     if not isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
         return False
     return error.__cause__ is None or isinstance(error.__cause__, TimeoutError)
