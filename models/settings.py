@@ -14,6 +14,7 @@ from models.budget import Budget, same_scope
 from models.inference import DataClass
 from models.loop import Frozen, Name
 from models.orders import Pace
+from models.people import Person
 from models.policy import Policy
 
 
@@ -113,6 +114,18 @@ class EmbeddingSettings(Frozen):
     timeout_seconds: int = 30
 
 
+class WeaviateSettings(Frozen):
+    """A Weaviate that searches vectors instead of the exact scan; SQL stays the truth."""
+
+    host: str = "127.0.0.1"
+    port: int = 8079
+    grpc_host: str = ""
+    """Empty is the same host."""
+    grpc_port: int = 8080
+    secure: bool = False
+    api_key: SecretStr | None = None
+
+
 class SiteSettings(Frozen):
     """A git + Hugo-style site; paths are relative to the data folder."""
 
@@ -158,6 +171,17 @@ class TaskSettings(Frozen):
     """The only tier that may take it."""
 
 
+class LedgerSettings(Frozen):
+    """How the ledger is signed, and who keeps what was signed."""
+
+    origin: str = Field(default="countersign", pattern=r"^[A-Za-z0-9][A-Za-z0-9.\-/]{0,99}$")
+    """What the logs of this installation are called, before the tenant's name; best a domain of yours."""
+    checkpoint_seconds: int = Field(default=60, ge=1)
+    """How long an event may stand without a witness; before an irreversible effect none does."""
+    witnesses: tuple[str, ...] = ("file:witness",)
+    """`file:FOLDER` or `git:BARE_REPOSITORY`, relative to the data folder; best on another machine."""
+
+
 class ScheduleSettings(Frozen):
     """One Temporal schedule."""
 
@@ -184,12 +208,17 @@ class Settings(Frozen):
     budgets: tuple[Budget, ...] = ()
     """What may be spent a day. A tier without a price takes no call that a budget covers."""
     embeddings: EmbeddingSettings | None = EmbeddingSettings()
+    weaviate: WeaviateSettings | None = None
+    """Set it and it serves vector search; without it the exact scan does."""
     sites: tuple[SiteSettings, ...] = ()
     content: ContentSettings = ContentSettings()
     pace: Pace = Pace()
     notes: bool = False
     """Offer the `null` connector, which keeps notes in the data folder; for trials and tests."""
     policy: Policy = Policy()
+    people: tuple[Person, ...] = ()
+    """Who may answer; with nobody named, any name counts as claimed."""
+    ledger: LedgerSettings = LedgerSettings()
     schedules: tuple[ScheduleSettings, ...] = ()
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
     otlp_endpoint: str | None = None

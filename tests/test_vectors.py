@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,22 @@ from hypothesis import strategies as st
 from sqlalchemy import insert, update
 
 from activities.services.database import Database
+from activities.services.leases import Leases
 from activities.services.vectors import (
     EMBEDDING,
     MEMORY,
     ExactVectors,
     Vector,
+    When,
     empty_vectors,
     put_vectors,
+    touch_vectors,
     unit_vector,
 )
+from activities.services.weaviate_store import WeaviateVectors, connected
 from models.errors import InvalidInput
+from models.tables import NEVER
+from tests import real_weaviate
 
 MODEL = "test-model"
 
@@ -255,3 +262,124 @@ def test_a_broken_stored_vector_is_named_and_gone_once_its_record_is_forgotten(d
         found(vectors, "one", unit(1, 0))
     database.submit(lambda c: empty_vectors(c, "one", "bad")).result()
     assert found(vectors, "one", unit(1, 0)) == [("good", 1.0)]
+
+
+# One suite for every store: whatever serves search, this is what it promises.
+
+
+class Stand:
+    """A store over one database, with records that count from and until given times."""
+
+    def __init__(self, database: Database, store) -> None:
+        self.database, self.store, self.count = database, store, 0
+
+    async def add(self, record_id: str, vector: Vector, tenant: str = "one", **values) -> None:
+        self.count += 1
+        number = self.count
+        row = {"kind": "post", "recorded_at": number} | values
+
+        def work(connection) -> None:
+            add_memory(connection, tenant, record_id, row["kind"], row["recorded_at"], number)
+            named = (MEMORY.c.tenant == tenant) & (MEMORY.c.record_id == record_id)
+            connection.execute(update(MEMORY).where(named).values(**row))
+            put_vectors(connection, MODEL, [(tenant, record_id, vector)])
+
+        await self.database.write(work)
+
+    async def change(self, record_id: str, **values) -> None:
+        def work(connection) -> None:
+            connection.execute(update(MEMORY).where(MEMORY.c.record_id == record_id).values(**values))
+            touch_vectors(connection, "one", record_id)
+
+        await self.database.write(work)
+
+    async def found(
+        self, query: Vector, *kinds: str, limit: int = 10, tenant: str = "one", **when
+    ) -> list[str]:
+        near = await self.store.nearest(tenant, MODEL, query, kinds, limit, When(**when))
+        return [one.record_id for one in near]
+
+
+@pytest.fixture(scope="session")
+def weaviate_server(tmp_path_factory):
+    if not real_weaviate.BINARY.exists():
+        pytest.skip(real_weaviate.MISSING)
+    server = real_weaviate.Server(tmp_path_factory.mktemp("weaviate"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=["exact", pytest.param("weaviate", marks=pytest.mark.real)])
+async def stand(request, database):
+    if request.param == "exact":
+        yield Stand(database, ExactVectors(database, 4))
+        return
+    server = request.getfixturevalue("weaviate_server")
+    leases = Leases(database, "test", lambda: datetime.now(UTC))
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases, 4)
+        await store.rebuild(MODEL)
+        yield Stand(database, store)
+
+
+NORTH, NEAR_NORTH, EAST = unit(1, 0, 0, 0), unit(1, 0.2, 0, 0), unit(0, 1, 0, 0)
+
+
+async def test_every_store_ranks_by_cosine_and_says_it(stand):
+    for record_id, vector in (("east", EAST), ("north", NORTH), ("near", NEAR_NORTH)):
+        await stand.add(record_id, vector)
+    near = await stand.store.nearest("one", MODEL, NORTH, (), 2)
+    assert [one.record_id for one in near] == ["north", "near"]
+    assert [one.cosine for one in near] == pytest.approx([1.0, float(NORTH @ NEAR_NORTH)], abs=1e-5)
+
+
+async def test_every_store_breaks_ties_by_newer_time_then_id(stand):
+    for record_id, when in (("c", 1), ("b", 2), ("d", 1), ("a", 1)):
+        await stand.add(record_id, NORTH, recorded_at=when)
+    assert await stand.found(NORTH) == ["b", "a", "c", "d"]
+
+
+async def test_every_store_keeps_tenants_kinds_and_agents_apart(stand):
+    await stand.add("post", NORTH)
+    await stand.add("idea", NORTH, kind="idea")
+    await stand.add("owned", NORTH, agent="pricing")
+    await stand.add("foreign", NORTH, tenant="two")
+    assert sorted(await stand.found(NORTH)) == ["idea", "owned", "post"]
+    assert await stand.found(NORTH, "idea") == ["idea"]
+    assert await stand.found(NORTH, "unheard") == []
+    assert await stand.found(NORTH, tenant="two") == ["foreign"]
+    assert await stand.found(NORTH, tenant="nobody") == []
+    assert sorted(await stand.found(NORTH, agent="pricing")) == ["idea", "owned", "post"]
+    assert sorted(await stand.found(NORTH, agent="content")) == ["idea", "post"]
+
+
+async def test_every_store_hides_what_has_expired_is_proposed_or_does_not_hold_then(stand):
+    await stand.add("lasting", NORTH)
+    await stand.add("ending", NORTH, expires_at=100)
+    await stand.add("proposed", NORTH, active_at=NEVER)
+    await stand.add("once", NORTH, active_at=10, valid_from=10, valid_to=50)
+    assert sorted(await stand.found(NORTH, now=99, at=99)) == ["ending", "lasting"]
+    assert await stand.found(NORTH, now=100, at=100) == ["lasting"]
+    assert sorted(await stand.found(NORTH, now=20, at=20)) == ["ending", "lasting", "once"]
+    assert sorted(await stand.found(NORTH, now=100, at=20)) == ["lasting", "once"]
+    assert sorted(await stand.found(NORTH, now=5, at=5)) == ["ending", "lasting"]
+
+
+async def test_every_store_sees_a_record_promoted_renewed_and_forgotten(stand):
+    await stand.add("a", NORTH, active_at=NEVER)
+    await stand.add("b", NORTH, expires_at=100)
+    assert await stand.found(NORTH, now=100, at=100) == []
+    await stand.change("a", active_at=50)
+    await stand.change("b", expires_at=200)
+    assert await stand.found(NORTH, now=100, at=100) == ["b", "a"]
+    await stand.database.write(lambda c: empty_vectors(c, "one", "b"))
+    assert await stand.found(NORTH, now=100, at=100) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "hostile", [[], [1.0], [[1.0, 0, 0, 0]], [float("nan")] * 4, [2.0, 0, 0, 0], ["a"] * 4]
+)
+async def test_every_store_refuses_what_is_no_unit_vector(stand, hostile):
+    with pytest.raises(InvalidInput, match="vector"):
+        await stand.store.nearest("one", MODEL, hostile, (), 5)

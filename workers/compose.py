@@ -16,6 +16,7 @@ from temporalio.client import Client
 from temporalio.worker import Worker
 
 from activities.actions import Actions
+from activities.approvals import Approvals
 from activities.calendar import Planning
 from activities.connectors.base import Connector
 from activities.connectors.git_site import GitSite
@@ -30,6 +31,7 @@ from activities.services.actor import Actor
 from activities.services.claims import Claims
 from activities.services.content import ContentStore
 from activities.services.database import Database
+from activities.services.identities import Identities
 from activities.services.indexing import keep_indexed
 from activities.services.intents import Intents
 from activities.services.ledger_store import LedgerStore
@@ -45,6 +47,7 @@ from activities.tiers.kinds import embedder as embedding_adapter
 from activities.tiers.wire import http_client
 from models.canonical import sha256
 from models.inference import Task
+from models.people import People
 from models.settings import Settings, TierSettings
 from models.visibility import Queue, Role, infer_queue
 from workers import registry
@@ -127,7 +130,9 @@ class _Composer:
 
     def _decide(self) -> Worker:
         settings, database = self._settings, self._database
-        requests = Requests(database, settings.policy, settings.pace, utc_now)
+        known = People(people=settings.people)
+        requests = Requests(database, settings.policy, settings.pace, utc_now, bool(settings.people))
+        approvals = Approvals(Identities(known, utc_now))
         ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
         routing = Routing(Routes(settings.tiers, tasks, self._content, self._ledger))
@@ -141,9 +146,9 @@ class _Composer:
         )
         external = External(self._content)
         activities = [
-            *(ledger.admit, ledger.record, ledger.present, ledger.conclude),
+            *(ledger.admit, ledger.record, ledger.present, ledger.conclude, approvals.identify),
             *(routing.route, routing.fell, external.read_proposal),
-            *(drafting.open_brief, drafting.assemble, drafting.compose),
+            *(drafting.open_brief, drafting.assemble, drafting.compose, drafting.nothing),
             *(planning.open_week, planning.gather, planning.choose),
             *self._parts.activities,
         ]
@@ -193,7 +198,8 @@ class _Composer:
     async def _act(self) -> Worker:
         settings = self._settings
         connectors = await self._connectors()
-        actor = Actor(self._database, connectors, settings.policy, settings.pace.attempt, utc_now)
+        doubt = Identities(People(people=settings.people), utc_now).doubt
+        actor = Actor(self._database, connectors, settings.policy, settings.pace.attempt, utc_now, doubt)
         actions = Actions(actor)
         return self._worker(
             Queue.ACT,

@@ -9,7 +9,7 @@ spent and held together never exceeds the cap, whoever dies when.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -50,7 +50,8 @@ class Hold:
     workflow_id: str
     agent: str
     task: str
-    accounts: tuple[str, ...]
+    accounts: Mapping[str, int]
+    """What they may spend, by name."""
     currency: str
     worst: int
 
@@ -100,7 +101,7 @@ def reserve_in(link: Connection, hold: Hold, now: datetime, lease: timedelta = L
         "agent": hold.agent,
         "task": hold.task,
         "state": State.HELD,
-        "accounts": json.dumps(sorted(hold.accounts)),
+        "accounts": json.dumps(dict(sorted(hold.accounts.items()))),
         "currency": hold.currency,
         "worst": hold.worst,
         "spent": 0,
@@ -111,6 +112,35 @@ def reserve_in(link: Connection, hold: Hold, now: datetime, lease: timedelta = L
         return False
     _move(link, hold.accounts, held=hold.worst)
     return True
+
+
+def resume_in(
+    link: Connection, tenant: str, reservation: str, now: datetime, lease: timedelta = LEASE
+) -> Account | None:
+    """Hold the money of a settled reservation again, for a call that is tried once more all the same.
+
+    Somebody may settle and die before saying so. Returns the account that has no room, if there is one.
+    """
+    row = link.execute(select(RESERVATION).where(_is(tenant, reservation)).with_for_update()).first()
+    if row is None or row.state != State.SETTLED:
+        return None
+    caps: dict[str, int] = json.loads(row.accounts)
+    accounts = [Account(name=name, currency=row.currency, cap=cap) for name, cap in caps.items()]
+    for account in opened_in(link, accounts, now):
+        if account.left < row.worst - row.spent:
+            return account
+    _move(link, caps, held=row.worst, spent=-row.spent)
+    values = {"state": State.HELD, "expires_at": to_micros(now + lease)}
+    link.execute(update(RESERVATION).where(_is(tenant, reservation)).values(**values))
+    return None
+
+
+def refuse(account: Account, worst: int) -> BudgetExceeded:
+    """The error for an account that has less left than a call may take."""
+    return BudgetExceeded(
+        f"{account.name}: {amount_of(account.left)} {account.currency} of {amount_of(account.cap)} are left "
+        f"and the call may take {amount_of(worst)}; raise the budget or wait for the next day"
+    )
 
 
 def note_in(link: Connection, spent: Spent, now: datetime) -> bool:
@@ -185,10 +215,7 @@ class Books:
         """
         short = await self._database.write(lambda link: self._try(link, hold, accounts))
         if short is not None:
-            raise BudgetExceeded(
-                f"{short.name}: {amount_of(short.left)} {short.currency} of {amount_of(short.cap)} are left "
-                f"and the call may take {amount_of(hold.worst)}; raise the budget or wait for the next day"
-            )
+            raise refuse(short, hold.worst)
 
     async def settle(self, tenant: str, reservation: str, spent: Sequence[Spent] = ()) -> None:
         """Record what was spent and give the rest back."""
@@ -214,7 +241,7 @@ class Books:
         now = self._clock()
         known = link.execute(select(RESERVATION.c.id).where(_is(hold.tenant, hold.id))).first()
         if known is not None:
-            return None
+            return resume_in(link, hold.tenant, hold.id, now, self._lease)
         for account in opened_in(link, accounts, now):
             if account.left < hold.worst:
                 return account

@@ -10,10 +10,12 @@ import asyncio
 import logging
 import os
 import uuid
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -27,7 +29,7 @@ from activities.services.database import Database
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.witnesses import Witness
-from models.errors import ConnectorUnavailable, CountersignError, InvalidInput, LedgerBroken
+from models.errors import ConnectorUnavailable, CountersignError, InvalidInput, LedgerBroken, UnknownName
 from models.tables import Checkpoint, table
 
 CHECKPOINT = table(Checkpoint)
@@ -238,6 +240,35 @@ def subtrees(link: Connection, tenant: str) -> merkle.Subtree:
         return bytes(found)
 
     return subtree
+
+
+def proof_of(link: Connection, tenant: str, event_id: str, note: str, key: NoteKey) -> dict[str, Any]:
+    """What shows that an event stands in the log that a note signs, to somebody who has only the key.
+
+    Raises:
+        UnknownName: there is no such event.
+        InvalidInput: the note does not cover it yet.
+    """
+    query = select(EVENT.c.seq, EVENT.c.envelope).where(
+        EVENT.c.log_id == tenant, EVENT.c.event_id == event_id
+    )
+    row = link.execute(query).first()
+    if row is None:
+        raise UnknownName(f"event: {event_id!r} is not in the log of {tenant}; see `countersign ledger tail`")
+    size = read_checkpoint(note).size
+    if row.seq > size:
+        raise InvalidInput.field(
+            "event", event_id, "it is not signed yet; run `countersign ledger checkpoint`"
+        )
+    path = merkle.inclusion_proof(row.seq - 1, size, subtrees(link, tenant))
+    return {
+        "envelope_b64": b64encode(row.envelope).decode(),
+        "leaf_index": row.seq - 1,
+        "tree_size": size,
+        "path": [b64encode(one).decode() for one in path],
+        "checkpoint_note": note,
+        "key": str(key),
+    }
 
 
 def notes_of(link: Connection, tenant: str) -> Iterable[str]:

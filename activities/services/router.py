@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 
 from activities.services.admission import Admission
 from activities.services.breaker import Breaker, Breakers, Pass, Sign, sign_of_error
-from activities.services.budget import Spent, late_in, note_in, settle_in, tried_in
+from activities.services.budget import Spent, late_in, note_in, refuse, resume_in, settle_in, tried_in
 from activities.services.cache import Cache, Key, Scope, key_of, put_in
 from activities.services.content import put_blob
 from activities.services.database import Database
@@ -229,6 +229,16 @@ class Till:
 
         return await self._database.write(work)
 
+    async def resume(self, tenant: str, reservation: str, worst: int | None) -> None:
+        """Hold the money again, if an earlier attempt settled it and died before it could say so.
+
+        Raises:
+            BudgetExceeded: others have taken it since.
+        """
+        short = await self._database.write(lambda link: resume_in(link, tenant, reservation, self._clock()))
+        if short is not None:
+            raise refuse(short, worst or 0)
+
     async def settle(self, tenant: str, reservation: str) -> None:
         """Give back what a reservation holds beyond what was spent."""
         await self._database.write(lambda link: settle_in(link, tenant, reservation))
@@ -309,6 +319,7 @@ class Answerer:
             tried = _Try(tenant, settings, question, grant, attempt)
             try:
                 permit(settings, question, question.prompt)
+                await self._resume(tried)
                 return await self._shared(tried)
             except BaseException as error:
                 if _is_last_word(error):
@@ -502,6 +513,11 @@ class Answerer:
         self._models[tier] = completion.model
         tried.note(completion)
         return completion
+
+    async def _resume(self, tried: _Try) -> None:
+        reservation = tried.grant.reservation
+        if self._till is not None and reservation is not None and tried.number > 1:
+            await self._till.resume(tried.tenant, reservation, allowance(tried.question.own, tried.tier))
 
     async def _end(self, tenant: str, grant: Grant) -> None:
         if self._till is not None and grant.reservation is not None:

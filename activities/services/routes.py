@@ -322,7 +322,7 @@ def _hold(asked: _Asked, decision: Decision, reservation: str) -> Hold:
         workflow_id=order.workflow_id,
         agent=order.agent,
         task=order.call.task,
-        accounts=tuple(account.name for account in asked.accounts),
+        accounts={account.name: account.cap for account in asked.accounts},
         currency=decision.currency or "",
         worst=decision.holds or 0,
     )

@@ -25,6 +25,7 @@ from activities.services.ledger_export import (
     Unreadable,
     attributes,
     columns,
+    of_database,
 )
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, is_signed, read_checkpoint
@@ -218,6 +219,13 @@ class Verifier:
             self._gaps["no checkpoint has been signed yet; wait for one"] = None
         for digest in sorted(self._conduct.missing):
             self._gaps[f"the bytes of intent {digest} are missing, so its gate was not checked"] = None
+
+
+def check_database(
+    link: Connection, tenant: str, origin: str, keys: Sequence[NoteKey], old: Sequence[str]
+) -> Report:
+    """Check a log where it lives, with everything that stands beside its events."""
+    return Verifier(keys, old).check(of_database(link, tenant, origin), check_rows(link, tenant))
 
 
 def check_rows(link: Connection, tenant: str) -> Iterator[Finding]:

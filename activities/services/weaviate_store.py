@@ -1,0 +1,390 @@
+"""Weaviate beside SQL: a projection of the embeddings that follows them and may be rebuilt at any time.
+
+SQL is the truth. What Weaviate answers is only a list of ids; whether a record counts is looked up again.
+One process at a time follows, under a lease, and the cursor moves only after Weaviate has taken a batch, so
+that a crash of either side repeats writes, which are upserts under ids that derive from the records.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+import warnings
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+from activities.services.database import Database
+from activities.services.leases import Leases, check_in
+from activities.services.vectors import ALWAYS, EMBEDDING, LITTLE, MEMORY, Near, Vector, When, unit_vector
+from models.canonical import derived_id, sha256
+from models.errors import MemoryUnavailable
+from models.settings import WeaviateSettings
+from models.tables import IndexCursor, table
+
+with warnings.catch_warnings():
+    # It warns about its own dependencies when it is imported.
+    warnings.simplefilter("ignore")
+    import weaviate
+    from weaviate.classes.config import Configure, DataType, Property, Tokenization, VectorDistances
+    from weaviate.classes.data import DataObject
+    from weaviate.classes.init import AdditionalConfig, Auth, Timeout
+    from weaviate.classes.query import Filter, MetadataQuery
+    from weaviate.exceptions import WeaviateBaseError
+
+CURSOR = table(IndexCursor)
+STORE = "weaviate"
+BATCH = 500
+LEASE_SECONDS = 30
+TEXTS = ("record_id", "kind", "agent")
+NUMBERS = ("position", "recorded_at", "active_at", "valid_from", "valid_to", "expires_at")
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Where the index and SQL disagree about one tenant: record ids."""
+
+    missing: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Whether they disagree at all."""
+        return bool(self.missing or self.surplus or self.changed)
+
+
+@asynccontextmanager
+async def connected(settings: WeaviateSettings) -> AsyncGenerator[weaviate.WeaviateAsyncClient]:
+    """A client for as long as the block lasts; Weaviate need not be there yet."""
+    key = settings.api_key.get_secret_value() if settings.api_key else None
+    client = weaviate.use_async_with_custom(
+        http_host=settings.host,
+        http_port=settings.port,
+        http_secure=settings.secure,
+        grpc_host=settings.grpc_host or settings.host,
+        grpc_port=settings.grpc_port,
+        grpc_secure=settings.secure,
+        auth_credentials=Auth.api_key(key) if key else None,
+        additional_config=AdditionalConfig(timeout=Timeout(init=15, query=30, insert=90)),
+        skip_init_checks=True,
+    )
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+class WeaviateVectors:
+    """Search by meaning in Weaviate: one collection per model, one Weaviate tenant per tenant."""
+
+    def __init__(
+        self, database: Database, client: weaviate.WeaviateAsyncClient, leases: Leases, dimensions: int
+    ) -> None:
+        """Ask nothing yet."""
+        self._database = database
+        self._client = client
+        self._leases = leases
+        self._dimensions = dimensions
+        self._ready: set[str] = set()
+        self._following = asyncio.Lock()
+
+    @property
+    def dimensions(self) -> int:
+        """How many numbers a vector has."""
+        return self._dimensions
+
+    async def nearest(
+        self,
+        tenant: str,
+        model: str,
+        query: Sequence[float] | Vector,
+        kinds: Sequence[str],
+        limit: int,
+        when: When = ALWAYS,
+    ) -> list[Near]:
+        """The records with the highest cosine, as far as the index has followed SQL.
+
+        Raises:
+            InvalidInput: the query is no unit vector of the right size.
+            MemoryUnavailable: Weaviate is away.
+        """
+        checked = unit_vector(query, self._dimensions)
+        await self.follow(model)
+        async with _asking():
+            collection = await self._of(model)
+            if not await collection.tenants.exists(tenant):
+                return []
+            answer = await collection.with_tenant(tenant).query.near_vector(
+                near_vector=checked.tolist(),
+                limit=limit,
+                filters=_filters(kinds, when),
+                return_metadata=MetadataQuery(distance=True),
+                return_properties=["record_id", "recorded_at"],
+            )
+        found = [(1 - float(one.metadata.distance or 0.0), one.properties) for one in answer.objects]
+        found.sort(key=lambda one: (-one[0], -int(one[1]["recorded_at"]), str(one[1]["record_id"])))
+        return [Near(str(properties["record_id"]), cosine) for cosine, properties in found]
+
+    async def follow(self, model: str) -> int:
+        """Take over what SQL has beyond the cursor, unless another process is at it; how many changes.
+
+        Raises:
+            MemoryUnavailable: Weaviate is away or refused part of a batch; the cursor stays before it.
+        """
+        async with self._following:
+            if not await self._database.read(lambda link: _beyond(link, model, 1)):
+                return 0
+            name, lasting = f"index:{STORE}:{model}", timedelta(seconds=LEASE_SECONDS)
+            done = 0
+            while (epoch := await self._leases.take(name, lasting)) is not None:
+                rows = await self._database.read(lambda link: _beyond(link, model, BATCH))
+                if not rows:
+                    await self._leases.give_back(name, epoch)
+                    break
+                await self._write(model, rows)
+                await self._database.write(lambda link, e=epoch, r=rows: _move(link, model, r, name, e))
+                done += len(rows)
+            return done
+
+    async def behind(self, model: str) -> int:
+        """How many changes the index has not followed yet."""
+        return await self._database.read(lambda link: _behind(link, model))
+
+    async def diff(self, tenant: str, model: str) -> Gap:
+        """Compare every record of a tenant with SQL.
+
+        Raises:
+            MemoryUnavailable: Weaviate is away.
+        """
+        wanted = await self._database.read(lambda link: _positions(link, tenant, model))
+        there = await self._there(tenant, model)
+        both = wanted.keys() & there.keys()
+        return Gap(
+            missing=tuple(sorted(wanted.keys() - there.keys())),
+            surplus=tuple(sorted(there.keys() - wanted.keys())),
+            changed=tuple(sorted(one for one in both if wanted[one] != there[one])),
+        )
+
+    async def repair(self, tenant: str, model: str) -> Gap:
+        """Make the index of a tenant what SQL says; what had differed.
+
+        Raises:
+            MemoryUnavailable: Weaviate is away.
+        """
+        await self.follow(model)
+        gap = await self.diff(tenant, model)
+        if gap:
+            wanted = (*gap.missing, *gap.changed)
+            for start in range(0, len(wanted), BATCH):
+                ids = wanted[start : start + BATCH]
+                rows = await self._database.read(lambda link, i=ids: _rows_of(link, tenant, model, i))
+                await self._write(model, rows)
+            await self.delete(tenant, model, gap.surplus)
+        return gap
+
+    async def rebuild(self, model: str) -> int:
+        """Drop the collection of a model and fill it anew from SQL; how many changes that took.
+
+        Raises:
+            MemoryUnavailable: Weaviate is away.
+        """
+        async with self._following:
+            async with _asking():
+                await self._connect()
+                await self._client.collections.delete(_name(model))
+            self._ready.discard(model)
+            await self._database.write(
+                lambda link: link.execute(update(CURSOR).where(*_cursor(model)).values(position=0))
+            )
+        return await self.follow(model)
+
+    async def delete(self, tenant: str, model: str, record_ids: Iterable[str]) -> None:
+        """Remove records of a tenant from the index, waking the tenant if it sleeps.
+
+        Raises:
+            MemoryUnavailable: Weaviate is away or did not remove all of them.
+        """
+        ids = list(record_ids)
+        async with _asking():
+            collection = await self._of(model)
+            if not ids or not await collection.tenants.exists(tenant):
+                return
+            await collection.tenants.activate(tenant)
+            mine = collection.with_tenant(tenant)
+            for start in range(0, len(ids), BATCH):
+                part = [_object_id(tenant, one) for one in ids[start : start + BATCH]]
+                answer = await mine.data.delete_many(where=Filter.by_id().contains_any(part))
+                if answer.failed:
+                    raise MemoryUnavailable(
+                        f"weaviate kept {answer.failed} of {len(part)} records; try again"
+                    )
+
+    async def held(self, tenant: str, model: str, record_ids: Iterable[str]) -> int:
+        """How many of these records the index still holds.
+
+        Raises:
+            MemoryUnavailable: Weaviate is away.
+        """
+        there = await self._there(tenant, model)
+        return sum(one in there for one in record_ids)
+
+    async def _write(self, model: str, rows: Sequence[Row[Any]]) -> None:
+        full: dict[str, list[Row[Any]]] = defaultdict(list)
+        gone: dict[str, list[str]] = defaultdict(list)
+        for row in rows:
+            if row.vector:
+                full[row.tenant].append(row)
+            else:
+                gone[row.tenant].append(row.record_id)
+        for tenant, these in full.items():
+            await self._upsert(model, tenant, these)
+        for tenant, ids in gone.items():
+            await self.delete(tenant, model, ids)
+
+    async def _upsert(self, model: str, tenant: str, rows: Sequence[Row[Any]]) -> None:
+        async with _asking():
+            collection = await self._of(model)
+            answer = await collection.with_tenant(tenant).data.insert_many([_object(row) for row in rows])
+            # A batch that failed in part raises nothing.
+            if answer.has_errors:
+                first = next(iter(answer.errors.values())).message
+                raise MemoryUnavailable(
+                    f"weaviate refused {len(answer.errors)} of {len(rows)}: {first[:200]}"
+                )
+
+    async def _there(self, tenant: str, model: str) -> dict[str, int]:
+        async with _asking():
+            collection = await self._of(model)
+            if not await collection.tenants.exists(tenant):
+                return {}
+            objects = collection.with_tenant(tenant).iterator(return_properties=["record_id", "position"])
+            return {
+                str(one.properties["record_id"]): int(str(one.properties["position"]))
+                async for one in objects
+            }
+
+    async def _of(self, model: str) -> Any:
+        await self._connect()
+        if model not in self._ready:
+            if not await self._client.collections.exists(_name(model)):
+                await self._create(model)
+            self._ready.add(model)
+        return self._client.collections.use(_name(model))
+
+    async def _connect(self) -> None:
+        if not self._client.is_connected():
+            await self._client.connect()
+
+    async def _create(self, model: str) -> None:
+        texts = [
+            Property(name=name, data_type=DataType.TEXT, tokenization=Tokenization.FIELD) for name in TEXTS
+        ]
+        numbers = [Property(name=name, data_type=DataType.INT, index_range_filters=True) for name in NUMBERS]
+        index = Configure.VectorIndex.hnsw(distance_metric=VectorDistances.COSINE, ef=256)
+        await self._client.collections.create(
+            _name(model),
+            description=f"Countersign memory under {model}",
+            properties=[*texts, *numbers],
+            multi_tenancy_config=Configure.multi_tenancy(
+                enabled=True, auto_tenant_creation=True, auto_tenant_activation=True
+            ),
+            vector_config=Configure.Vectors.self_provided(vector_index_config=index),
+        )
+
+
+@asynccontextmanager
+async def _asking() -> AsyncGenerator[None]:
+    """Whatever its client raises means one thing to us."""
+    try:
+        yield
+    except (WeaviateBaseError, OSError) as error:
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        raise MemoryUnavailable(f"weaviate: {type(error).__name__}: {text}; records wait in SQL") from None
+
+
+def _name(model: str) -> str:
+    return f"Memory_{sha256(model.encode())[:16]}"
+
+
+def _object_id(tenant: str, record_id: str) -> uuid.UUID:
+    return uuid.UUID(derived_id("weaviate", tenant, record_id))
+
+
+def _object(row: Row[Any]) -> Any:
+    values = {name: getattr(row, name) for name in (*TEXTS, *NUMBERS)}
+    vector = np.frombuffer(row.vector, LITTLE).tolist()
+    return DataObject(properties=values, vector=vector, uuid=_object_id(row.tenant, row.record_id))
+
+
+def _filters(kinds: Sequence[str], when: When) -> Any:
+    parts: list[Any] = [
+        Filter.by_property("expires_at").greater_than(when.now),
+        Filter.by_property("active_at").less_or_equal(when.at),
+        Filter.by_property("valid_from").less_or_equal(when.at),
+        Filter.by_property("valid_to").greater_than(when.at),
+    ]
+    if kinds:
+        parts.append(Filter.by_property("kind").contains_any(list(kinds)))
+    if when.agent is not None:
+        parts.append(Filter.by_property("agent").contains_any(["", when.agent]))
+    return Filter.all_of(parts)
+
+
+# What SQL says.
+
+
+def _rows() -> Any:
+    e, m = EMBEDDING.c, MEMORY.c
+    same = (m.tenant == e.tenant) & (m.record_id == e.record_id)
+    columns = [m[name] for name in NUMBERS if name != "position"]
+    return select(e.tenant, e.record_id, e.position, e.vector, m.kind, m.agent, *columns).join_from(
+        EMBEDDING, MEMORY, same
+    )
+
+
+def _beyond(connection: Connection, model: str, limit: int) -> Sequence[Row[Any]]:
+    after = connection.execute(select(CURSOR.c.position).where(*_cursor(model))).scalar_one_or_none() or 0
+    e = EMBEDDING.c
+    wanted = _rows().where(e.model == model, e.position > after).order_by(e.position).limit(limit)
+    return connection.execute(wanted).all()
+
+
+def _behind(connection: Connection, model: str) -> int:
+    after = connection.execute(select(CURSOR.c.position).where(*_cursor(model))).scalar_one_or_none() or 0
+    e = EMBEDDING.c
+    wanted = select(func.count()).where(e.model == model, e.position > after)
+    return int(connection.execute(wanted).scalar_one())
+
+
+def _rows_of(connection: Connection, tenant: str, model: str, ids: Sequence[str]) -> Sequence[Row[Any]]:
+    e = EMBEDDING.c
+    return connection.execute(_rows().where(e.model == model, e.tenant == tenant, e.record_id.in_(ids))).all()
+
+
+def _positions(connection: Connection, tenant: str, model: str) -> dict[str, int]:
+    e = EMBEDDING.c
+    full = select(e.record_id, e.position).where(
+        e.tenant == tenant, e.model == model, func.length(e.vector) > 0
+    )
+    return {row.record_id: row.position for row in connection.execute(full)}
+
+
+def _cursor(model: str) -> tuple[Any, Any]:
+    return CURSOR.c.store == STORE, CURSOR.c.model == model
+
+
+def _move(connection: Connection, model: str, rows: Sequence[Row[Any]], lease: str, epoch: int) -> None:
+    """Remember how far the index is; a former holder of the lease may not."""
+    check_in(connection, lease, epoch)
+    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    start = kind(CURSOR).values(store=STORE, model=model, position=0).on_conflict_do_nothing()
+    connection.execute(start)
+    connection.execute(update(CURSOR).where(*_cursor(model)).values(position=rows[-1].position))

@@ -1,0 +1,163 @@
+"""`countersign ledger verify|prove|export|checkpoint|key`: what the ledger can prove, and to whom."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+
+from activities.services.checkpoints import Checkpoints, last_note, load_key, proof_of
+from activities.services.ledger_export import Item, of_database, of_lines, to_lines
+from activities.services.notes import NoteKey
+from activities.services.verifier import Report, Verifier, check_database
+from activities.services.witnesses import witnesses
+from models.errors import InvalidInput
+from models.settings import Settings
+from scripts.commands.session import Json, Session, opened, said
+from workers import config
+from workers.compose import utc_now
+
+SHOWN = 20
+Keys = Annotated[
+    list[str] | None,
+    typer.Option("--key", help="A key that may have signed, as `ledger key` prints it; again for each."),
+]
+Notes = Annotated[
+    list[Path] | None,
+    typer.Option("--checkpoint", help="A file with a checkpoint kept outside; the log must continue it."),
+]
+
+
+def verify(
+    export: Annotated[Path | None, typer.Option(help="Check this export instead of the database.")] = None,
+    checkpoint: Notes = None,
+    key: Keys = None,
+    as_json: Json = False,
+) -> None:
+    """Check every hash, root, signature and gate. Exit 0 sound, 1 tampered, 2 something is missing."""
+    settings = config.load()
+    keys = [NoteKey.parse(one) for one in key or ()]
+    old = [_text(path) for path in checkpoint or ()]
+    if export is not None:
+        report = Verifier(keys, old).check(_read(export))
+    else:
+        report = asyncio.run(_verify(settings, keys, old))
+    if as_json:
+        said(report.model_dump(mode="json"))
+    else:
+        typer.echo("\n".join(_told(report, settings)))
+    raise typer.Exit(report.exit_code)
+
+
+def prove(event: Annotated[str, typer.Argument(metavar="EVENT_ID", help="The event's id.")]) -> None:
+    """Print a proof that an event stands in the signed log; `scripts/verify_ledger.py proof` checks it."""
+    asyncio.run(_prove(config.load(), event))
+
+
+def export(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A file; else standard output.")] = None,
+) -> None:
+    """Write the whole log, one JSON object a line; `scripts/verify_ledger.py export` checks it."""
+    asyncio.run(_export(config.load(), out))
+
+
+def checkpoint(as_json: Json = False) -> None:
+    """Sign the log as it stands now, and hand the note to every witness."""
+    asyncio.run(_checkpoint(config.load(), as_json))
+
+
+def key() -> None:
+    """Print the key that verifies this installation's checkpoints; give it to those who will check."""
+    settings = config.load()
+    typer.echo(str(_key(settings)))
+
+
+async def _verify(settings: Settings, keys: list[NoteKey], old: list[str]) -> Report:
+    async with opened(settings) as session:
+        signer = _signer(session)
+        # Whoever brings a key or a note of their own wants to rely on nothing that is kept here.
+        if not keys and not old:
+            keys, old = [signer.key(session.tenant)], list(await signer.newest_witnessed(session.tenant))
+        tenant, origin = session.tenant, _key(settings).name
+        return await session.database.read(lambda link: check_database(link, tenant, origin, keys, old))
+
+
+async def _prove(settings: Settings, event: str) -> None:
+    async with opened(settings) as session:
+        tenant, public = session.tenant, _key(settings)
+        note = await session.database.read(lambda link: last_note(link, tenant))
+        if note is None:
+            raise InvalidInput.field(
+                "event", event, "nothing is signed yet; run `countersign ledger checkpoint`"
+            )
+        said(await session.database.read(lambda link: proof_of(link, tenant, event, note, public)))
+
+
+async def _export(settings: Settings, out: Path | None) -> None:
+    async with opened(settings) as session:
+        with _opened(out) as file, session.database.engine.connect() as link:
+            for line in to_lines(of_database(link, session.tenant, _key(settings).name)):
+                file.write(f"{line}\n")
+
+
+async def _checkpoint(settings: Settings, as_json: bool) -> None:
+    async with opened(settings) as session:
+        written = await _signer(session).write(session.tenant)
+        if written is None:
+            typer.echo("the log is empty; there is nothing to sign", err=True)
+        elif as_json:
+            kept, missed = list(written.kept_by), list(written.missed_by)
+            said({"note": written.note, "size": written.size, "kept_by": kept, "missed_by": missed})
+        else:
+            typer.echo(written.note, nl=False)
+            typer.echo(f"kept by: {', '.join(written.kept_by) or 'no witness'}", err=True)
+        if written is not None and written.missed_by:
+            typer.echo(f"not kept by: {', '.join(written.missed_by)}", err=True)
+            raise typer.Exit(3)
+
+
+def _signer(session: Session) -> Checkpoints:
+    ledger, data = session.settings.ledger, session.settings.data
+    kept_by = witnesses(ledger.witnesses, data, utc_now)
+    return Checkpoints(session.database, load_key(data), ledger.origin, kept_by)
+
+
+def _key(settings: Settings) -> NoteKey:
+    public = load_key(settings.data).public_key().public_bytes_raw()
+    return NoteKey(f"{settings.ledger.origin}/{settings.tenant}", public)
+
+
+def _told(report: Report, settings: Settings) -> Iterator[str]:
+    yield f"{report.status}: {report.size} events, root {report.root}"
+    yield f"signed up to {report.signed}, witnessed outside up to {report.witnessed}"
+    if later := report.size - max(report.signed, report.witnessed):
+        every = settings.ledger.checkpoint_seconds
+        yield f"{later} later events are not covered yet; a checkpoint is written every {every} s"
+    yield from (f"event {one.seq}: {one.what}" for one in report.findings[:SHOWN])
+    yield from (f"not checked: {gap}" for gap in report.gaps[:SHOWN])
+
+
+def _read(path: Path) -> Iterator[Item]:
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        yield from of_lines(file)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError:
+        raise InvalidInput.field("checkpoint", str(path), "name a file that can be read") from None
+
+
+@contextmanager
+def _opened(out: Path | None) -> Generator[TextIO]:
+    if out is None:
+        yield sys.stdout
+    else:
+        with out.open("w", encoding="utf-8", newline="\n") as file:
+            yield file

@@ -1,0 +1,399 @@
+#!/usr/bin/env python3
+"""Check a Countersign ledger without Countersign: this file, Python's own library, and `cryptography`.
+
+    verify_ledger.py export FILE --key KEY [--checkpoint NOTE]   an export, from its first byte to its last
+    verify_ledger.py proof FILE --key KEY                        a proof that one event stands in the log
+
+KEY is what `countersign ledger key` prints, from where you trust it; repeat it for each key that signed.
+NOTE is a file with a checkpoint kept outside. Exit 0: sound. 1: tampered, with the first bad event. 2: not to
+be told, something is missing. The tree is that of RFC 9162. The verdicts before an effect must be enough under
+the gate of its intent. An export is one JSON object a line:
+
+    {"format", "origin", "tenant", "size", "root"}   first
+    {"intent": SHA-256, "data_base64"}               what people were asked, before the event that names it
+    {"specversion": "1.0", …, "data_base64"}         an event in CloudEvents names, and the bytes of its leaf
+    {"checkpoint": NOTE}                             a signed note (C2SP), after the last event that it covers
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from base64 import b64decode, b64encode
+from collections import defaultdict
+from datetime import datetime
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+Plain = dict[str, Any]
+Run = dict[str, set[Any]]  # digests and action keys, by what they have in common
+Verdicts = list[tuple[Plain, str]]
+FORMAT = "countersign-ledger/1"
+NAMES = {
+    **{"id": "event_id", "subject": "stream", "time": "recorded_at", "sequence": "seq"},
+    **{"streamversion": "version", "correlationid": "correlation_id"},
+}
+EFFECTS = ("apply", "compensation", "receipt")
+HARMLESS = ("read_only", "reversible")
+moment = datetime.fromisoformat
+
+
+def node(left: bytes, right: bytes) -> bytes:
+    """The hash of two neighbours in the tree."""
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def root_of(peaks: list[bytes]) -> bytes:
+    """The hash of a tree from its complete subtrees, largest first."""
+    return reduce(lambda right, left: node(left, right), peaks[::-1] or [hashlib.sha256(b"").digest()])
+
+
+def is_included(leaf: bytes, index: int, size: int, path: list[bytes], root: bytes) -> bool:
+    """Whether a path leads from a leaf to a root: by the index at first, then with all on its left."""
+    inner = (index ^ (size - 1)).bit_length()
+    if not 0 <= index < size or len(path) != inner + (index >> inner).bit_count():
+        return False
+    for level, sibling in enumerate(path):
+        leaf = node(leaf, sibling) if level < inner and not index >> level & 1 else node(sibling, leaf)
+    return leaf == root
+
+
+class Key:
+    """A key that signs notes under a name."""
+
+    def __init__(self, text: str) -> None:
+        self.name, short, encoded = text.strip().split("+", 2)
+        data = b64decode(encoded, validate=True)
+        self.hash = hashlib.sha256(self.name.encode() + b"\n" + data).digest()[:4]
+        if data[:1] != b"\x01" or len(data) != 33 or self.hash.hex() != short:
+            raise ValueError(f"{text}: is no Ed25519 key in the form NAME+HASH+BASE64")
+        self.public = Ed25519PublicKey.from_public_bytes(data[1:])
+
+    def signed(self, text: str, line: str) -> bool:
+        """Whether a signature line is this key's, over this text."""
+        start = f"— {self.name} "
+        if not line.startswith(start):
+            return False
+        try:
+            data = b64decode(line[len(start) :], validate=True)
+            self.public.verify(data[4:], text.encode())
+        except (ValueError, InvalidSignature):
+            return False
+        return data[:4] == self.hash and b64encode(data).decode() == line[len(start) :]
+
+
+def read_note(note: str) -> tuple[str, int, bytes]:
+    """Origin, size and root of a checkpoint."""
+    origin, size, root = note.partition("\n\n")[0].split("\n")
+    if f"{int(size)}" != size or int(size) < 0 or len(b64decode(root, validate=True)) != 32:
+        raise ValueError("a size is written plainly, a root has 32 bytes")
+    return origin, int(size), b64decode(root)
+
+
+def is_signed(note: str, keys: list[Key]) -> bool:
+    """Whether one of the keys signed a note."""
+    text, _, signatures = note.partition("\n\n")
+    *lines, last = signatures.split("\n")
+    return last == "" and any(key.signed(f"{text}\n", line) for line in lines for key in keys)
+
+
+def passed(intent: Plain, verdicts: Verdicts) -> bool:
+    """Whether verdicts, in the order in which they were recorded, are enough for an intent."""
+    gate = intent["gate"]
+    if gate["automatic"] and all(plan["reversibility"] in HARMLESS for plan in intent["plans"]):
+        return True
+    approved: dict[str, str | None] = {}
+    for verdict, _ in verdicts:
+        if verdict["kind"] in ("reject", "revise"):
+            return False
+        if verdict["kind"] == "approve":
+            approved[verdict["approver"].casefold()] = verdict.get("role")
+            if len(approved) >= gate["approvals"] and set(approved.values()) >= set(gate["roles"]):
+                return True
+    return False
+
+
+def forbidden(run: Run, intent: Plain, digest: str, action: int, now: str, verdicts: Verdicts) -> str:
+    """Why an effect of this intent was not allowed at that time; empty if it was."""
+    due, limit = intent["proposal"]["not_before"], moment(intent["expires_at"])
+    reasons = (
+        (all(plan["action"] != action for plan in intent["plans"]), "it is not part of the intent"),
+        (digest not in run["intents"], "no such intent stands before it"),
+        (digest not in run["last"], "a later intent replaced this one"),
+        (digest in run["over"], "the intent expired, drifted or was being taken back"),
+        (any(moment(at) > limit for _, at in verdicts), "a verdict was recorded after the absolute limit"),
+        (due is not None and moment(now) < moment(due), f"it was not to happen before {due}"),
+        (not passed(intent, verdicts), "the verdicts before it are not enough"),
+    )
+    return next((why for is_so, why in reasons if is_so), "")
+
+
+class Conduct:
+    """Whether what the log tells of was allowed."""
+
+    def __init__(self) -> None:
+        self.runs: dict[str, Run] = defaultdict(lambda: defaultdict(set))
+        self.verdicts: dict[str, Verdicts] = defaultdict(list)
+        self.intents: dict[str, bytes] = {}
+        self.streams: dict[str, str] = {}
+        self.missing: set[str] = set()
+
+    def take(self, event: Plain) -> list[str]:
+        """What is wrong with the next event, given those before it."""
+        name, stream, kind, body = event["correlation_id"], event["stream"], event["type"], event["body"]
+        run = self.runs[name]
+        if stream == name:
+            return self._of_run(run, event, kind, body, str(body.get("digest")))
+        if kind in EFFECTS and stream == f"{name}/act":
+            return self._of_effect(run, event, kind, str(body.get("key")))
+        run[kind].add(str(body.get("key")))
+        return []
+
+    def _of_run(self, run: Run, event: Plain, kind: str, body: Plain, digest: str) -> list[str]:
+        here, wrong = event["stream"], list[str]()
+        if kind == "intent":
+            run["intents"].add(digest)
+            run["last"] = {digest}
+            bound = json.loads(self.intents[digest])["workflow_id"] if digest in self.intents else here
+            if self.streams.setdefault(digest, here) != here or bound != here:
+                wrong.append(f"intent {digest} belongs to another run")
+        elif kind == "verdict":
+            self.verdicts[digest].append((body, event["recorded_at"]))
+            if self.streams.get(digest) != here:
+                wrong.append("it is a verdict on an intent that does not stand before it in this run")
+        elif kind in ("drift", "compensation") or (kind == "gate" and body.get("standing") == "expired"):
+            run["over"].add(digest)
+            run["undo"].update((digest, number) for number in body.get("actions", ()))
+        elif kind == "outcome":
+            run["ended"].add(body.get("status"))
+            for one in run.pop("intents", ()):
+                self.intents.pop(one, None)
+        return wrong
+
+    def _of_effect(self, run: Run, event: Plain, kind: str, key: str) -> list[str]:
+        digest, action = str(event["body"].get("digest")), int(event["body"].get("action", -1))
+        undo, done, receipt = key.endswith(".undo"), key in run["done"], kind == "receipt"
+        if key != f"{digest}.{action}" + ".undo" * undo or (not receipt and undo != (kind == "compensation")):
+            return [f"action key {key} does not fit a {kind} of action {action} of intent {digest}"]
+        late = run["ended"] - {"in_doubt"} and key not in run["in_doubt"]
+        why = "" if receipt or done else self._unallowed(run, event, digest, action, undo)
+        run["done" if receipt else "tried"].add(key)
+        reasons = (
+            (key in run["absent"], "was closed before"),
+            (done, "was done already"),
+            (receipt and key not in run["tried"], "has a receipt and was never attempted"),
+            (receipt and late, "happened after the run had ended"),
+            (why, f"was not allowed: {why}"),
+        )
+        return [f"action {key} {what}" for is_so, what in reasons if is_so]
+
+    def _unallowed(self, run: Run, event: Plain, digest: str, action: int, undo: bool) -> str:
+        if run["ended"]:
+            return "the run has ended"
+        decided = (digest, action) in run["undo"] and f"{digest}.{action}" in run["done"]
+        if undo:
+            return "" if decided else "nobody decided to take it back, or it was not applied"
+        if digest not in self.intents:
+            self.missing.add(digest)
+            return ""
+        intent, verdicts = json.loads(self.intents[digest]), self.verdicts[digest]
+        return forbidden(run, intent, digest, action, event["recorded_at"], verdicts)
+
+
+class Check:
+    """One pass over an export."""
+
+    def __init__(self, keys: list[Key], old: list[str]) -> None:
+        self.keys, self.old = keys, [read_note(note) for note in old]
+        self.wrong: list[tuple[int, str]] = []
+        self.gaps: list[str] = []
+        self.header: Plain | None = None
+        self.peaks: list[bytes] = []
+        self.size = self.signed = self.witnessed = self.matched = 0
+        self.versions: dict[str, int] = {}
+        self.ids: set[str] = set()
+        self.conduct = Conduct()
+        if keys and not all(is_signed(note, keys) for note in old):
+            self.gaps.append("a note given is signed by none of the keys given")
+
+    def _find(self, what: str, seq: int | None = None) -> None:
+        self.wrong.append((self.size + 1 if seq is None else seq, what))
+
+    def line(self, line: str) -> None:
+        """Take the next line."""
+        try:
+            plain = json.loads(line)
+            if "specversion" in plain:
+                return self._event(line, b64decode(plain["data_base64"], validate=True))
+            if json.dumps(plain, separators=(",", ":"), sort_keys=True) != line.rstrip("\n"):
+                raise ValueError("it is not written as an export writes it")
+            self._other(plain)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._find(f"a line cannot be read: {type(error).__name__}: {error}")
+
+    def _other(self, plain: Plain) -> None:
+        if "format" in plain:
+            if self.header is not None or self.size or plain["format"] != FORMAT:
+                self._find(f"a second beginning, or one that is not {FORMAT}")
+            self.header = plain
+            for origin in {origin for origin, _, _ in self.old} - {plain["origin"]}:
+                self._find(f"the log calls itself {plain['origin']}, the note given is of {origin}", 0)
+        elif "intent" in plain:
+            data = b64decode(plain["data_base64"], validate=True)
+            if hashlib.sha256(data).hexdigest() != plain["intent"]:
+                self._find(f"what stands for intent {plain['intent']} has another digest")
+            self.conduct.intents[plain["intent"]] = data
+        else:
+            self._note(plain["checkpoint"])
+
+    def _event(self, line: str, envelope: bytes) -> None:
+        seq = self.size + 1
+        leaf = hashlib.sha256(b"\x00" + envelope).digest()
+        hashed, index = leaf, self.size
+        while index & 1:
+            hashed, index = node(self.peaks.pop(), hashed), index >> 1
+        self.peaks.append(hashed)
+        self.size = seq
+        try:
+            event = json.loads(envelope)
+            tenant = self.header["tenant"] if self.header else event["log_id"]
+            wanted = expected(event, leaf, envelope, tenant)
+            if json.dumps(wanted, separators=(",", ":"), sort_keys=True) != line.rstrip("\n"):
+                self._find("what stands beside the event does not fit its bytes", seq)
+            for what in (*self._order(event, seq, tenant), *self.conduct.take(event)):
+                self._find(what, seq)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._find(f"the event cannot be read: {type(error).__name__}", seq)
+        for _, size, root in self.old:
+            if size == seq and self._matches(size, root, "the note given"):
+                self.witnessed = max(self.witnessed, size)
+
+    def _order(self, event: Plain, seq: int, tenant: str) -> list[str]:
+        stream, version, last = event["stream"], event["version"], self.versions.get(event["stream"], 0)
+        reasons = (
+            (event["log_id"] != tenant, f"it belongs to log {event['log_id']}"),
+            (event["seq"] != seq, f"it is event {event['seq']}, event {seq} should stand here"),
+            (version != last + 1, f"version {version} of {stream} follows version {last}"),
+            (event["event_id"] in self.ids, "its id stands already"),
+        )
+        self.versions[stream] = version
+        self.ids.add(event["event_id"])
+        return [what for is_so, what in reasons if is_so]
+
+    def _note(self, text: str) -> None:
+        origin, size, root = read_note(text)
+        if self.header is not None and origin != self.header["origin"]:
+            self._find(f"a checkpoint of {origin} stands in the log of {self.header['origin']}")
+        elif size != self.size:
+            self._find(f"a checkpoint of {size} events stands where there are {self.size}")
+        elif self.keys and not is_signed(text, self.keys):
+            self._find(f"the checkpoint of {size} events is signed by none of the keys given")
+        elif self._matches(size, root, "the checkpoint") and self.keys:
+            self.signed = size
+
+    def _matches(self, size: int, root: bytes, whose: str) -> bool:
+        if root == root_of(self.peaks):
+            self.matched = max(self.matched, size)
+            return True
+        what = f"{whose} of {size} events has another root: something from event {self.matched + 1} on"
+        self._find(what, self.matched + 1)
+        return False
+
+    def end(self) -> None:
+        """What only the end shows."""
+        header, root = self.header, b64encode(root_of(self.peaks)).decode()
+        for size in (size for _, size, _ in self.old if size > self.size):
+            self._find(f"the log ends at {self.size}, the note given covers {size}: it was cut")
+        if header is None:
+            self.gaps.append("the export has no beginning")
+        elif (header["size"], header["root"]) != (self.size, root):
+            self._find(f"the log ends at {self.size} events, not as its beginning says", self.matched + 1)
+        if not self.keys:
+            self.gaps.append("no key was given, so nobody vouches for the log")
+        elif self.size and not self.signed and not self.witnessed:
+            self.gaps.append("no checkpoint has been signed yet")
+        self.gaps += [f"the bytes of intent {d} are missing" for d in sorted(self.conduct.missing)]
+
+
+def expected(event: Plain, leaf: bytes, envelope: bytes, tenant: str) -> Plain:
+    """The line that an event's bytes belong in."""
+    return {ours: event[theirs] for ours, theirs in NAMES.items()} | {
+        "specversion": "1.0",
+        "source": f"countersign/{tenant}",
+        "type": f"countersign.{event['type']}",
+        "datacontenttype": "application/json",
+        "leafhash": leaf.hex(),
+        "data_base64": b64encode(envelope).decode(),
+    }
+
+
+def check_export(path: str, keys: list[Key], old: list[str]) -> tuple[int, Plain]:
+    """Check a whole export."""
+    check, began = Check(keys, old), time.perf_counter()
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            check.line(line)
+    check.end()
+    check.wrong.sort(key=lambda one: one[0])
+    return 1 if check.wrong else 2 if check.gaps else 0, {
+        "events": check.size,
+        "root": root_of(check.peaks).hex(),
+        "signed": check.signed,
+        "witnessed": check.witnessed,
+        "first_bad_event": check.wrong[0][0] if check.wrong else None,
+        "findings": [f"event {seq}: {what}" for seq, what in check.wrong[:20]],
+        "gaps": check.gaps[:20],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def check_proof(path: str, keys: list[Key]) -> tuple[int, Plain]:
+    """Check that one event stands in a signed log."""
+    proof = json.loads(Path(path).read_text("utf-8"))
+    began, note, index = time.perf_counter(), proof["checkpoint_note"], proof["leaf_index"]
+    envelope = b64decode(proof["envelope_b64"], validate=True)
+    siblings = [b64decode(one, validate=True) for one in proof["path"]]
+    (_, size, root), event = read_note(note), json.loads(envelope)
+    leaf = hashlib.sha256(b"\x00" + envelope).digest()
+    reasons = (
+        (size != proof["tree_size"], "the proof is of another size than its checkpoint"),
+        (
+            not is_included(leaf, index, size, siblings, root),
+            "the event is not in the tree that the checkpoint signs",
+        ),
+        (event["seq"] != index + 1, "the event does not stand where the proof says"),
+        (keys and not is_signed(note, keys), "the checkpoint is signed by none of the keys given"),
+    )
+    wrong = [what for is_so, what in reasons if is_so]
+    gaps = [] if keys else ["no key was given, so nobody vouches for the checkpoint"]
+    code = 1 if wrong else 2 if gaps else 0
+    return code, {"event": event, "findings": wrong, "gaps": gaps, "seconds": time.perf_counter() - began}
+
+
+def main(argv: list[str]) -> int:
+    """Check what is named; prints one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("what", choices=("export", "proof"))
+    parser.add_argument("file")
+    parser.add_argument("--key", action="append", default=[], help="NAME+HASH+BASE64")
+    parser.add_argument("--checkpoint", action="append", default=[], help="a file with a note kept outside")
+    options = parser.parse_args(argv)
+    try:
+        keys = [Key(text) for text in options.key]
+        notes = [Path(one).read_text("utf-8") for one in options.checkpoint]
+        proof = options.what == "proof"
+        code, report = check_proof(options.file, keys) if proof else check_export(options.file, keys, notes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        code, report = 2, {"gaps": [f"{type(error).__name__}: {error}"]}
+    report = {"status": ("sound", "tampered", "incomplete")[code]} | report
+    print(json.dumps(report, indent=2, ensure_ascii=False))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,153 @@
+"""A real Weaviate that dies and comes back (`scripts/targets/weaviate.sh install` builds it)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sqlalchemy import insert
+
+from activities.services.content import ContentStore
+from activities.services.database import Database
+from activities.services.leases import Leases
+from activities.services.memory_store import INDEX_AWAY, MemoryStore
+from activities.services.vectors import EMBEDDING, MEMORY, empty_vectors, touch_vectors
+from activities.services.weaviate_store import WeaviateVectors, connected
+from models.errors import MemoryUnavailable
+from models.memory import Memo, Recall
+from tests import real_weaviate
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not real_weaviate.BINARY.exists(), reason=real_weaviate.MISSING),
+]
+
+MODEL, SIZE, WRITES = "model", 16, 10_000
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[real_weaviate.Server]:
+    made = real_weaviate.Server(tmp_path / "weaviate")
+    made.start()
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    opened = Database(f"sqlite:///{tmp_path / 'memory.db'}")
+    MEMORY.metadata.create_all(opened.engine)
+    yield opened
+    opened.close()
+
+
+def leases(database: Database, holder: str = "test") -> Leases:
+    return Leases(database, holder, lambda: datetime.now(UTC))
+
+
+def fill(database: Database, first: int, count: int) -> None:
+    generator = np.random.default_rng(first)
+    matrix = generator.standard_normal((count, SIZE)).astype(np.float32)
+    matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
+    blank = dict(title="", text_digest="", text_size=0, media_type="", source="", data_class="internal")
+    names = [dict(tenant="one", record_id=f"r{n:05}", position=n) for n in range(first, first + count)]
+    memories = [name | blank | dict(kind="post", recorded_at=1, links="[]") for name in names]
+    vectors = [
+        name | dict(model=MODEL, vector=row.tobytes()) for name, row in zip(names, matrix, strict=True)
+    ]
+
+    def work(connection) -> None:
+        connection.execute(insert(MEMORY), memories)
+        connection.execute(insert(EMBEDDING), vectors)
+
+    database.submit(work).result()
+
+
+async def test_after_a_kill_during_ten_thousand_writes_the_index_is_what_sql_says(server, database):
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        fill(database, 1, WRITES // 2)
+        following = asyncio.create_task(store.follow(MODEL))
+        while await store.behind(MODEL) > WRITES // 2 - 1500:
+            await asyncio.sleep(0)
+        server.kill()
+        with pytest.raises(MemoryUnavailable):
+            await following
+        fill(database, WRITES // 2 + 1, WRITES // 2)
+        for number in range(1, 301):
+            change = empty_vectors if number % 2 else touch_vectors
+            await database.write(lambda c, n=number, of=change: of(c, "one", f"r{n:05}"))
+        with pytest.raises(MemoryUnavailable):
+            await store.follow(MODEL)
+        server.start()
+        assert await store.follow(MODEL) > 0
+        assert await store.behind(MODEL) == 0
+        assert not await store.diff("one", MODEL)
+        assert await store.held("one", MODEL, ["r00001", "r00002"]) == 1
+
+
+async def test_what_the_index_lost_or_invented_is_found_and_repaired(server, database):
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        fill(database, 1, 20)
+        await store.follow(MODEL)
+        await store.delete("one", MODEL, ["r00003"])
+        await database.write(lambda c: c.execute(EMBEDDING.delete().where(EMBEDDING.c.record_id == "r00007")))
+        gap = await store.repair("one", MODEL)
+        assert (gap.missing, gap.surplus) == (("r00003",), ("r00007",))
+        assert not await store.diff("one", MODEL)
+
+
+async def test_a_former_holder_of_the_lease_cannot_move_the_cursor(server, database):
+    async with connected(server.settings) as client:
+        mine = WeaviateVectors(database, client, leases(database, "first"), SIZE)
+        other = leases(database, "second")
+        fill(database, 1, 5)
+        assert await mine.follow(MODEL) == 5
+        fill(database, 6, 5)
+        assert await other.take(f"index:weaviate:{MODEL}", timedelta(seconds=60)) is not None
+        assert await mine.follow(MODEL) == 0
+        assert await mine.behind(MODEL) == 5
+
+
+class Hashed:
+    model = MODEL
+
+    async def embed(self, texts):
+        generator = [np.random.default_rng(len(text)).standard_normal(SIZE) for text in texts]
+        return [(vector / np.linalg.norm(vector)).tolist() for vector in generator]
+
+
+async def test_while_weaviate_is_away_memory_goes_on_on_sql_and_the_index_catches_up(server, database):
+    content = ContentStore(database)
+    async with connected(server.settings) as client:
+        vectors = WeaviateVectors(database, client, leases(database), SIZE)
+        store = MemoryStore(database, content, Hashed(), vectors)
+        text = await content.put("default", b"green tea")
+
+        async def keep(name: str) -> None:
+            memo = Memo(
+                record_id=name, tenant="default", kind="post", title=f"Tea {name}", text=text, source=name
+            )
+            assert await store.keep(memo, datetime.now(UTC))
+            while await store.index_pending():
+                pass
+
+        async def ask():
+            query = await content.put("default", b"tea")
+            return await store.recall(Recall(tenant="default", query=query))
+
+        await keep("before")
+        assert (await ask()).degraded == ""
+        server.kill()
+        await keep("meanwhile")
+        found = await ask()
+        assert (len(found.hits), found.degraded) == (2, INDEX_AWAY)
+        server.start()
+        found = await ask()
+        assert (len(found.hits), found.degraded) == (2, "")
+        assert not await vectors.diff("default", MODEL)
