@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import Client
 
 from activities.services.content import ContentStore
 from activities.services.database import Database
@@ -21,7 +21,7 @@ from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate
 from models.gate import Judged, Kind
 from models.ledger import Event
-from models.loop import GateRule, Outcome, Request
+from models.loop import GateRule, Request
 from models.orders import Pace
 from models.policy import AgentPolicy, Policy
 from models.settings import Settings, TemporalSettings
@@ -41,7 +41,10 @@ def free_port() -> int:
 def temporal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TemporalSettings]:
     """One dev server for the whole run, with the flags of the product."""
     settings = TemporalSettings(
-        address=f"127.0.0.1:{free_port()}", ui_port=free_port(), managed=False, task_timeout=timedelta(seconds=2)
+        address=f"127.0.0.1:{free_port()}",
+        ui_port=free_port(),
+        managed=False,
+        task_timeout=timedelta(seconds=2),
     )
     data = tmp_path_factory.mktemp("temporal")
     argv = dev_server.argv(dev_server.binary(), settings, data)
@@ -156,5 +159,3 @@ def note(text: str = "hello", **more: Any) -> dict[str, Any]:
 
 def a_key() -> str:
     return uuid.uuid4().hex
-
-

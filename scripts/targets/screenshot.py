@@ -1,4 +1,4 @@
-"""A picture of a page as Debian's Chromium shows it: `python -m scripts.targets.screenshot URL FILE [--seconds N]`.
+"""A picture of a page as Debian's Chromium shows it: `python -m scripts.targets.screenshot URL FILE`.
 
 For the pictures in the README and for looking at the Temporal UI; needs `apt-get install chromium`.
 """
