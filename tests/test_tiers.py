@@ -10,6 +10,7 @@ from aiohttp import web
 from jsonschema import validate
 from pydantic import ValidationError
 
+from activities.tiers.kinds import embedder
 from activities.tiers.llama_cpp import LlamaCpp
 from activities.tiers.openai_compatible import OpenAICompatible
 from activities.tiers.scripted import Scripted
@@ -19,13 +20,14 @@ from models.errors import (
     CredentialsRejected,
     IdentityChanged,
     InvalidInput,
+    MemoryUnavailable,
     OutputInvalid,
     RateLimited,
     TierUnavailable,
 )
-from models.inference import Completion, Ending, Message, Prompt, TimeLimit, attempt_of
+from models.inference import Completion, Ending, Message, Prompt, attempt_of
 from models.routing import prompt_tokens, tokens_from_above
-from models.settings import TierSettings
+from models.settings import EmbeddingSettings, Settings, TierSettings
 from tests import tgi_stub
 from tests.model_servers import model_server
 from tests.tgi_stub import CHAT, TgiStub, described
@@ -495,3 +497,128 @@ async def test_tokens_are_estimated_from_above(address, text):
 async def test_a_whole_prompt_is_estimated_from_above(live):
     prompt = asking("Say hello to the reader of this page.", max_tokens=4)
     assert (await live.complete(prompt)).prompt_tokens <= prompt_tokens(prompt)
+
+
+async def test_openai_compatible_servers_get_what_they_read_and_nothing_they_ignore():
+    sent = []
+
+    def handler(request):
+        sent.append(json.loads(request.content))
+        return httpx.Response(200, json=GOOD)
+
+    await endpoint("openai_compatible", handler).complete(asking(answer_schema=SCHEMA))
+    assert sent[0]["model"] == "a-model"
+    assert sent[0]["response_format"]["json_schema"]["schema"] == SCHEMA
+    assert "cache_salt" not in sent[0]
+
+
+async def test_prefix_caches_are_salted_per_group_with_a_secret():
+    salts = []
+
+    def handler(request):
+        salts.append(json.loads(request.content)["cache_salt"])
+        return httpx.Response(200, json=GOOD)
+
+    for salt, group in (("one", "acme"), ("one", "acme"), ("one", "other"), ("two", "acme"), ("one", None)):
+        await endpoint("openai_compatible", handler, cache_salt=salt).complete(asking(cache_group=group))
+    assert salts[0] == salts[1]
+    assert len(set(salts)) == 4
+    assert all("acme" not in salt for salt in salts)
+
+
+TEI_INFO = {"model_id": "m", "model_sha": "abc", "max_client_batch_size": 32}
+
+
+def embedding(kind, handler, model="m"):
+    settings = EmbeddingSettings(kind=kind, url="http://embed", model=model, dimensions=2, token="s3cret")
+    return embedder(settings, http_client(settings, httpx.MockTransport(handler)))
+
+
+def tei(refusals=(), info=TEI_INFO):
+    """A TEI server that takes texts of up to 100 characters."""
+    asked, refused = [], deque(refusals)
+
+    def handler(request):
+        assert request.headers["authorization"] == "Bearer s3cret"
+        if request.url.path == "/info":
+            return httpx.Response(200, json=info)
+        body = json.loads(request.content)
+        asked.append(body)
+        if refused:
+            return refused.popleft()
+        if any(len(text) > 100 for text in body["inputs"]):
+            error = {"error": "`inputs` must have less than 25 tokens. Given: 30", "error_type": "Validation"}
+            return httpx.Response(413, json=error)
+        return httpx.Response(200, json=[[float(len(text)), 1.0] for text in body["inputs"]])
+
+    return handler, asked
+
+
+async def test_tei_is_asked_in_batches_and_told_never_to_cut():
+    handler, asked = tei()
+    vectors = await embedding("tei", handler).embed(["x" * (number % 50 + 1) for number in range(70)])
+    assert len(vectors) == 70
+    assert [len(body["inputs"]) for body in asked] == [32, 32, 6]
+    assert all(body["truncate"] is False for body in asked)
+
+
+async def test_a_text_too_long_for_tei_becomes_the_mean_of_its_halves():
+    handler, _ = tei()
+    long, short = await embedding("tei", handler).embed(["word " * 60, "word"])
+    assert len(long) == len(short) == 2
+
+
+@pytest.mark.parametrize("model", ["m", "m@abc"])
+async def test_tei_must_run_the_model_of_the_settings(model):
+    assert await embedding("tei", tei()[0], model).embed(["a"])
+    with pytest.raises(MemoryUnavailable, match="instead of 'm"):
+        await embedding("tei", tei(info=TEI_INFO | {"model_sha": "abd", "model_id": "n"})[0], model).embed(
+            ["a"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "ending"),
+    [(429, "Overloaded", Ending.OVERLOADED), (424, "Backend", Ending.BACKEND_FAULT)],
+)
+async def test_tei_refusals_keep_their_word(status, kind, ending):
+    handler, _ = tei([httpx.Response(status, json={"error": "x", "error_type": kind})])
+    with pytest.raises(MemoryUnavailable, match=f"{status} {kind}") as caught:
+        await embedding("tei", handler).embed(["a"])
+    assert attempt_of(caught.value).ending is ending
+
+
+async def test_openai_compatible_embeddings_name_their_model():
+    def handler(request):
+        body = json.loads(request.content)
+        rows = [{"index": number, "embedding": [1.0, 2.0]} for number, _ in enumerate(body["input"])]
+        return httpx.Response(200, json={"model": body["model"], "data": rows[::-1]})
+
+    assert len(await embedding("openai_compatible", handler).embed(["a", "b"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prize": "1"}, "prize"),
+        ({"price_per_million_input": "1"}, "set both prices"),
+        ({"price_per_million_output": "1", "currency": "EUR"}, "set both prices"),
+        ({"price_per_million_input": "1", "price_per_million_output": "2"}, "set currency"),
+        ({"price_per_million_input": "-1"}, "greater than or equal"),
+        ({"revision": "abc"}, "set model too"),
+        ({"route": "generate"}, 'only kind = "tgi"'),
+        ({"kind": "scripted"}, "openai_compatible"),
+    ],
+)
+def test_a_tier_that_makes_no_sense_is_refused(change, named):
+    with pytest.raises(ValidationError, match=named):
+        TierSettings(**{"name": "edge", "kind": "llama_cpp", "url": "http://x", **change})
+
+
+def test_a_tier_without_prices_is_fine_and_two_of_one_name_are_not():
+    tier = {"name": "edge", "kind": "llama_cpp", "url": "http://x", "token": "s3cret"}
+    assert Settings(tiers=[tier]).tiers[0].price_per_million_input is None
+    with pytest.raises(ValidationError, match="another tier has this name") as caught:
+        Settings(tiers=[tier, tier])
+    assert caught.value.errors()[0]["loc"] == ("tiers", 1, "name")
+    assert "s3cret" not in str(caught.value)
