@@ -94,6 +94,7 @@ class WeaviateVectors:
         self._leases = leases
         self._dimensions = dimensions
         self._ready: set[str] = set()
+        self._lost = False
         self._following = asyncio.Lock()
 
     @property
@@ -118,7 +119,7 @@ class WeaviateVectors:
         """
         checked = unit_vector(query, self._dimensions)
         await self.follow(model)
-        async with _asking():
+        async with self._asking():
             collection = await self._of(model)
             if not await collection.tenants.exists(tenant):
                 return []
@@ -197,7 +198,7 @@ class WeaviateVectors:
             MemoryUnavailable: Weaviate is away.
         """
         async with self._following:
-            async with _asking():
+            async with self._asking():
                 await self._connect()
                 await self._client.collections.delete(_name(model))
             self._ready.discard(model)
@@ -213,7 +214,7 @@ class WeaviateVectors:
             MemoryUnavailable: Weaviate is away or did not remove all of them.
         """
         ids = list(record_ids)
-        async with _asking():
+        async with self._asking():
             collection = await self._of(model)
             if not ids or not await collection.tenants.exists(tenant):
                 return
@@ -250,7 +251,7 @@ class WeaviateVectors:
             await self.delete(tenant, model, ids)
 
     async def _upsert(self, model: str, tenant: str, rows: Sequence[Row[Any]]) -> None:
-        async with _asking():
+        async with self._asking():
             collection = await self._of(model)
             answer = await collection.with_tenant(tenant).data.insert_many([_object(row) for row in rows])
             # A batch that failed in part raises nothing.
@@ -261,7 +262,7 @@ class WeaviateVectors:
                 )
 
     async def _there(self, tenant: str, model: str) -> dict[str, int]:
-        async with _asking():
+        async with self._asking():
             collection = await self._of(model)
             if not await collection.tenants.exists(tenant):
                 return {}
@@ -280,8 +281,29 @@ class WeaviateVectors:
         return self._client.collections.use(_name(model))
 
     async def _connect(self) -> None:
+        if self._lost:
+            # A channel that lost its server waits longer and longer before it looks again.
+            await self._client.close()
+            self._lost = False
         if not self._client.is_connected():
             await self._client.connect()
+        # The client would try again for 15 seconds; who asks has words to fall back on meanwhile.
+        if not await self._client.is_live():
+            raise MemoryUnavailable("weaviate: it does not answer; records wait in SQL")
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncGenerator[None]:
+        """Whatever its client raises means one thing to us."""
+        try:
+            yield
+        except (WeaviateBaseError, OSError, MemoryUnavailable) as error:
+            self._lost = True
+            if isinstance(error, MemoryUnavailable):
+                raise
+            text = str(error).splitlines()[0][:200] if str(error) else ""
+            raise MemoryUnavailable(
+                f"weaviate: {type(error).__name__}: {text}; records wait in SQL"
+            ) from None
 
     async def _create(self, model: str) -> None:
         texts = [
@@ -298,16 +320,6 @@ class WeaviateVectors:
             ),
             vector_config=Configure.Vectors.self_provided(vector_index_config=index),
         )
-
-
-@asynccontextmanager
-async def _asking() -> AsyncGenerator[None]:
-    """Whatever its client raises means one thing to us."""
-    try:
-        yield
-    except (WeaviateBaseError, OSError) as error:
-        text = str(error).splitlines()[0][:200] if str(error) else ""
-        raise MemoryUnavailable(f"weaviate: {type(error).__name__}: {text}; records wait in SQL") from None
 
 
 def _name(model: str) -> str:
