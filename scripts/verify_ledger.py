@@ -5,9 +5,9 @@
     verify_ledger.py proof FILE --key KEY                        a proof that one event stands in the log
 
 KEY is what `countersign ledger key` prints, from where you trust it; repeat it for each key that signed.
-NOTE is a file with a checkpoint kept outside. Exit 0: sound. 1: tampered, with the first bad event. 2: not to
-be told, something is missing. The tree is that of RFC 9162. The verdicts before an effect must be enough under
-the gate of its intent. An export is one JSON object a line:
+NOTE is a file with a checkpoint kept outside. Exit 0: sound. 1: tampered, with the first bad event. 2: not
+to be told, something is missing. The tree is that of RFC 9162. The verdicts before an effect must be enough
+under the gate of its intent. An export is one JSON object a line:
 
     {"format", "origin", "tenant", "size", "root"}   first
     {"intent": SHA-256, "data_base64"}               what people were asked, before the event that names it

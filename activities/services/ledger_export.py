@@ -18,7 +18,7 @@ from activities.services.checkpoints import CHECKPOINT, tree_of
 from activities.services.content import BLOB
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import EVENT
-from models.errors import InvalidInput
+from models.errors import InvalidInput, LedgerBroken
 from models.ledger import Event, EventType
 
 FORMAT = "countersign-ledger/1"
@@ -72,17 +72,15 @@ Item = Header | IntentBytes | Leaf | Note | Unreadable
 
 def of_database(link: Connection, tenant: str, origin: str) -> Iterator[Item]:
     """Everything of a log, as one transaction sees it."""
-    tree = tree_of(link, tenant, origin)
-    yield Header(origin, tenant, tree.size, tree.root)
+    _hold_still(link)
+    yield _header(link, tenant, origin)
     notes = _notes(link, tenant)
-    for first in range(1, tree.size + 1, CHUNK):
-        for leaf in _leaves(link, tenant, first, tree.size):
-            if leaf.beside["type"] == EventType.INTENT:
-                yield from _intent(link, tenant, leaf)
-            yield leaf
-            yield from (Note(text) for text in notes.pop(leaf.seq, ()))
-    # Rows beyond the head, and checkpoints of what is not there, are for the reader to judge.
-    yield from _leaves(link, tenant, tree.size + 1, tree.size + CHUNK)
+    for leaf in _leaves(link, tenant):
+        if leaf.beside["type"] == EventType.INTENT:
+            yield from _intent(link, tenant, leaf)
+        yield leaf
+        yield from (Note(text) for text in notes.pop(leaf.seq, ()))
+    # Checkpoints of what is not there are for the reader to judge.
     yield from (Note(text) for size in sorted(notes) for text in notes[size])
 
 
@@ -194,14 +192,30 @@ def _item(plain: dict[str, Any]) -> Item:
     return Leaf(int(plain["sequence"]), envelope, plain)
 
 
-def _leaves(link: Connection, tenant: str, first: int, last: int) -> Iterator[Leaf]:
-    until = min(first + CHUNK - 1, last)
-    wanted = (EVENT.c.log_id == tenant) & EVENT.c.seq.between(first, until)
-    if first == 1:
-        wanted = (EVENT.c.log_id == tenant) & (EVENT.c.seq <= until)
-    for row in link.execute(select(EVENT).where(wanted).order_by(EVENT.c.seq)).mappings().all():
-        beside = {name: value for name, value in row.items() if name not in ("log_id", "envelope")}
-        yield Leaf(row["seq"], bytes(row["envelope"]), beside)
+def _hold_still(link: Connection) -> None:
+    """See one state of the log from here on, whatever is appended meanwhile; SQLite does that by itself."""
+    if link.dialect.name != "sqlite" and not link.in_transaction():
+        link.execution_options(isolation_level="REPEATABLE READ")
+
+
+def _header(link: Connection, tenant: str, origin: str) -> Header:
+    try:
+        tree = tree_of(link, tenant, origin)
+    except LedgerBroken:
+        # A head that makes no sense names no root; whoever checks finds that it differs.
+        return Header(origin, tenant, 0, b"")
+    return Header(origin, tenant, tree.size, tree.root)
+
+
+def _leaves(link: Connection, tenant: str) -> Iterator[Leaf]:
+    """All rows in order; by what was seen last, so that no number in the database can lead astray."""
+    query = select(EVENT).where(EVENT.c.log_id == tenant).order_by(EVENT.c.seq).limit(CHUNK)
+    rows = link.execute(query).mappings().all()
+    while rows:
+        for row in rows:
+            beside = {name: value for name, value in row.items() if name not in ("log_id", "envelope")}
+            yield Leaf(row["seq"], bytes(row["envelope"]), beside)
+        rows = link.execute(query.where(EVENT.c.seq > rows[-1]["seq"])).mappings().all()
 
 
 def _intent(link: Connection, tenant: str, leaf: Leaf) -> Iterator[IntentBytes]:

@@ -151,7 +151,7 @@ class Verifier:
         except (ValueError, TypeError, ValidationError):
             self._find("the event cannot be read", seq)
         else:
-            for what in (*self._beside(leaf, event), *self._order(event), *self._conduct.take(event)):
+            for what in (*self._beside(leaf, event), *self._order(event), *self._judged(event)):
                 self._find(what, seq, event.event_id)
         self._size = seq
         for tree in self._old:
@@ -178,6 +178,12 @@ class Verifier:
         if event.event_id in self._ids:
             yield "its id stands already"
         self._ids.add(event.event_id)
+
+    def _judged(self, event: Event) -> list[str]:
+        try:
+            return list(self._conduct.take(event))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return [f"it, or what it rests on, cannot be read: {type(error).__name__}"]
 
     def _note(self, text: str) -> None:
         try:
@@ -230,10 +236,10 @@ def check_database(
 
 def check_rows(link: Connection, tenant: str) -> Iterator[Finding]:
     """What the database holds besides the events: subtrees, head and checkpoint columns."""
-    size = link.execute(select(HEAD.c.size).where(HEAD.c.log_id == tenant)).scalar_one_or_none() or 0
+    last = link.execute(select(func.max(EVENT.c.seq)).where(EVENT.c.log_id == tenant)).scalar_one() or 0
     peaks = list[bytes]()
-    for start in range(0, size, CHUNK):
-        mine = (EVENT.c.log_id == tenant) & EVENT.c.seq.between(start + 1, min(start + CHUNK, size))
+    for start in range(0, last, CHUNK):
+        mine = (EVENT.c.log_id == tenant) & EVENT.c.seq.between(start + 1, start + CHUNK)
         rows = link.execute(select(EVENT.c.leaf_hash).where(mine).order_by(EVENT.c.seq)).scalars()
         try:
             leaves = [bytes.fromhex(row) for row in rows]
@@ -241,9 +247,14 @@ def check_rows(link: Connection, tenant: str) -> Iterator[Finding]:
             return  # The event that it stands beside is named elsewhere.
         peaks, nodes = merkle.extend(start, peaks, leaves)
         yield from _wrong_nodes(link, tenant, start, start + len(leaves), nodes)
+        if len(leaves) != min(CHUNK, last - start):
+            return  # So is the gap.
     count = link.execute(select(func.count()).where(NODE.c.log_id == tenant)).scalar_one()
-    if count != merkle.node_count(size):
-        yield Finding(seq=size, what=f"{count} subtrees stand, {merkle.node_count(size)} belong there")
+    if count != merkle.node_count(last):
+        yield Finding(seq=last, what=f"{count} subtrees stand, {merkle.node_count(last)} belong there")
+    head = link.execute(select(HEAD.c.size, HEAD.c.peaks).where(HEAD.c.log_id == tenant)).first()
+    if head is not None and (head.size, bytes(head.peaks)) != (last, merkle.pack(peaks)):
+        yield Finding(seq=last, what="the head of the log is not that of its events")
     yield from _wrong_columns(link, tenant)
 
 
