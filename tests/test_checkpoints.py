@@ -3,20 +3,25 @@ from __future__ import annotations
 import asyncio
 import stat
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import text
+from sqlalchemy import Connection, text
 
+from activities.connectors.null import Null
+from activities.services.actor import Actor
 from activities.services.checkpoints import Checkpoints, keep_signing, load_key, notes_of
 from activities.services.database import Database
 from activities.services.migrations import migrate
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.witnesses import FileWitness, GitWitness, witnesses
 from models.errors import ConnectorUnavailable, InvalidInput, LedgerBroken
-from tests.ledgers import TENANT, fill
+from models.loop import GateRule, Reversibility
+from models.orders import EffectOrder
+from models.policy import AgentPolicy, Policy
+from tests.ledgers import NOW, TENANT, fill, intent_of, record, whole
 
 PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 KEY = NoteKey("countersign/default", PRIVATE.public_key().public_bytes_raw())
@@ -191,3 +196,26 @@ def test_witnesses_are_named_in_settings(tmp_path: Path) -> None:
     assert (file.name, git.name) == (f"file:{tmp_path}/w", f"git:{tmp_path}/g.git")
     with pytest.raises(InvalidInput, match="write file:FOLDER or git:BARE_REPOSITORY"):
         witnesses(("carrier pigeon",), tmp_path, clock)
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("irreversible", True), ("reversible", False)])
+async def test_only_what_cannot_be_taken_back_waits_for_witnesses(
+    database: Database, tmp_path: Path, kind: str, shown: bool
+) -> None:
+    seen = list[str]()
+
+    async def witness(tenant: str) -> None:
+        seen.append(tenant)
+
+    def bind(link: Connection) -> str:
+        _, digest = intent_of(link, "run", GateRule(), Reversibility(kind))
+        record(link, "run", digest, whole(digest, "run")[:4])
+        return digest
+
+    digest = await database.write(bind)
+    connectors = {"null": Null(tmp_path / "notes", clock)}
+    policy = Policy(agents={"external": AgentPolicy(connectors=("null",))})
+    actor = Actor(database, connectors, policy, timedelta(seconds=5), lambda: NOW, witness=witness)
+    await actor.apply(EffectOrder(tenant=TENANT, workflow_id="run", digest=digest, action=0))
+    await actor.apply(EffectOrder(tenant=TENANT, workflow_id="run", digest="f" * 64, action=0))
+    assert seen == [TENANT] * shown

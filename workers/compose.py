@@ -18,6 +18,7 @@ from temporalio.worker import Worker
 from activities.actions import Actions
 from activities.approvals import Approvals
 from activities.calendar import Planning
+from activities.beliefs import Believing
 from activities.connectors.base import Connector
 from activities.connectors.git_site import GitSite
 from activities.connectors.null import Null
@@ -28,7 +29,9 @@ from activities.ledger import Ledger
 from activities.memory import Memory
 from activities.routing import Routing
 from activities.services.actor import Actor
+from activities.services.checkpoints import Checkpoints, keep_signing, load_key
 from activities.services.claims import Claims
+from activities.services.beliefs import Beliefs
 from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.identities import Identities
@@ -41,6 +44,7 @@ from activities.services.router import Answerer
 from activities.services.routes import Routes
 from activities.services.site_server import SiteServer
 from activities.services.vectors import ExactVectors
+from activities.services.witnesses import witnesses
 from activities.tiers.base import Embedder, Endpoint
 from activities.tiers.kinds import chat_endpoint
 from activities.tiers.kinds import embedder as embedding_adapter
@@ -51,6 +55,7 @@ from models.people import People
 from models.settings import Settings, TierSettings
 from models.visibility import Queue, Role, infer_queue
 from workers import registry
+from workflows.beliefs import BeliefOwner
 from workflows.unknown import Unknown
 
 Clock = Callable[[], datetime]
@@ -145,14 +150,16 @@ class _Composer:
             settings.tiers[-1].tokens_per_second if settings.tiers else None,
         )
         external = External(self._content)
+        believing = Believing(Beliefs(database, utc_now))
         activities = [
             *(ledger.admit, ledger.record, ledger.present, ledger.conclude, approvals.identify),
             *(routing.route, routing.fell, external.read_proposal),
+            *(believing.own, believing.deliver, believing.read),
             *(drafting.open_brief, drafting.assemble, drafting.compose, drafting.nothing),
             *(planning.open_week, planning.gather, planning.choose),
             *self._parts.activities,
         ]
-        agents = [*registry.agents(), *self._parts.agents, Unknown]
+        agents = [*registry.agents(), *self._parts.agents, BeliefOwner, Unknown]
         return self._worker(
             Queue.DECIDE,
             activities,
@@ -199,7 +206,9 @@ class _Composer:
         settings = self._settings
         connectors = await self._connectors()
         doubt = Identities(People(people=settings.people), utc_now).doubt
-        actor = Actor(self._database, connectors, settings.policy, settings.pace.attempt, utc_now, doubt)
+        witness = self._checkpoints().before_effect
+        attempt = settings.pace.attempt
+        actor = Actor(self._database, connectors, settings.policy, attempt, utc_now, doubt, witness)
         actions = Actions(actor)
         return self._worker(
             Queue.ACT,
@@ -217,11 +226,17 @@ class _Composer:
         return self._parts.connectors({connector.name: connector for connector in connectors})
 
     async def _desk(self) -> None:
+        await self._background(keep_signing, self._checkpoints(), self._settings.ledger.checkpoint_seconds)
         for site in self._settings.sites:
             if site.serve:
                 server = SiteServer(self._settings.data / site.build, httpx.URL(site.address).port or 80)
                 await server.start()
                 self._stack.push_async_callback(server.close)
+
+    def _checkpoints(self) -> Checkpoints:
+        ledger, data = self._settings.ledger, self._settings.data
+        kept_by = witnesses(ledger.witnesses, data, utc_now)
+        return Checkpoints(self._database, load_key(data), ledger.origin, kept_by)
 
     async def _background(self, run: Callable[..., Any], *arguments: Any) -> None:
         stop = asyncio.Event()

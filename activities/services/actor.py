@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -40,7 +40,7 @@ from models.errors import (
 )
 from models.gate import Verdict, may_act, may_undo
 from models.ledger import Draft, EventType, act_stream
-from models.loop import Action, Intent, Plan, Receipt, action_key
+from models.loop import Action, Intent, Plan, Receipt, Reversibility, action_key
 from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
 from models.policy import Policy, permit, policy_digest
 
@@ -74,6 +74,7 @@ class Actor:
         attempt: timedelta,
         clock: Clock,
         doubt: Callable[[str, Verdict], str | None] = lambda tenant, verdict: None,
+        witness: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         """Take what it works with.
 
@@ -84,8 +85,10 @@ class Actor:
             attempt: how long one attempt may go on before it may no longer send.
             clock: the time.
             doubt: why a recorded verdict of a tenant is not believed any more.
+            witness: lets others see a tenant's ledger before something happens that cannot be taken back.
         """
         self._doubt = doubt
+        self._witness = witness
         self._database = database
         self._content = ContentStore(database)
         self._connectors = connectors
@@ -110,6 +113,7 @@ class Actor:
             ConnectorUnavailable: no answer; calling again is safe.
             ConnectorRejected: the target refused for good; nothing was done.
         """
+        await self._show(order)
         job = await self._database.write(lambda link: self._open(link, order, undo=False))
         if isinstance(job, Effect):
             return job
@@ -177,6 +181,17 @@ class Actor:
         applied = found or await self._guarded(job, self._take_back(job, _applied(receipt)))
         kept = await self._keep_receipt(job, _receipt_of(job, applied, verified=True))
         return Effect(what=Effected.UNDONE, receipt=kept)
+
+    async def _show(self, order: EffectOrder) -> None:
+        """Before anything is reserved: an attempt that cannot be witnessed is no attempt."""
+        if self._witness is None:
+            return
+        try:
+            job = await self._database.read(lambda link: self._read(link, order, undo=False))
+        except (InvalidInput, PolicyDenied):
+            return  # Opening it says so, and writes it down.
+        if job.plan.reversibility is Reversibility.IRREVERSIBLE:
+            await self._witness(order.tenant)
 
     async def _plan(self, order: PlanOrder, number: int) -> Plan:
         action = order.proposal.actions[number]

@@ -12,13 +12,19 @@ from rich.text import Text
 
 from models.card import visible
 from models.ledger import Event, EventType
+from scripts.commands.ledger_proofs import checkpoint, export, key, prove, verify
 from scripts.commands.session import Json, Session, console, opened
 from scripts.exits import EXPLAINED
 from workers import config
 
 FOLLOW_SECONDS = 0.5
 ALL = 2**31
-ledger = typer.Typer(no_args_is_help=True, epilog=EXPLAINED, help="Read what stands in the ledger.")
+ledger = typer.Typer(
+    no_args_is_help=True, epilog=EXPLAINED, help="Read what stands in the ledger, and prove it."
+)
+for proving in (prove, export, checkpoint, key):
+    ledger.command(epilog=EXPLAINED)(proving)
+ledger.command(epilog="Exit codes: 0 sound, 1 tampered, 2 something is missing.")(verify)
 SHOWN = (
     "agent",
     "status",
