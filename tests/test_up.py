@@ -45,9 +45,10 @@ async def test_a_terminate_signal_stops_everything_and_counts_as_success(tmp_pat
     temporal = TemporalSettings(address=f"127.0.0.1:{free_port()}", ui_port=free_port())
     settings = Settings(data=tmp_path, temporal=temporal, embeddings=None, roles=())
     work = asyncio.create_task(serve(settings, Console(file=out), lambda settings: None))
-    async with asyncio.timeout(30):
-        while "Ctrl-C" not in out.getvalue():
+    async with asyncio.timeout(60):
+        while "Ctrl-C" not in out.getvalue() and not work.done():
             await asyncio.sleep(0.01)
+    assert not work.done(), (work.result(), out.getvalue())
     os.kill(os.getpid(), signal.SIGTERM)
     assert await work == 0
     assert "/namespaces/default/workflows" in out.getvalue()

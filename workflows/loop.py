@@ -38,7 +38,9 @@ TENANT = SearchAttributeKey.for_keyword(Attribute.TENANT)
 RISK = SearchAttributeKey.for_keyword(Attribute.RISK)
 WAITING_SINCE = SearchAttributeKey.for_datetime(Attribute.WAITING_SINCE)
 
-GO_ON = frozenset({"TierUnavailable", "RateLimited", "OutputInvalid", "CredentialsRejected", ""})
+GO_ON = frozenset(
+    {"TierUnavailable", "RateLimited", "OutputInvalid", "CredentialsRejected", "IdentityChanged", ""}
+)
 """Failures of one tier that another may not have; the empty type is a time-out."""
 
 NOTHING_STANDS = frozenset(
@@ -207,9 +209,7 @@ class Loop:
             if all(kind == OutputInvalid.__name__ for kind in answered):
                 raise OutputInvalid(f"{call.task}: no permitted tier gave a usable answer")
             if workflow.now() + pause - since > self.SPEC.think:
-                raise AllTiersFailed(
-                    f"{call.task}: no tier answered for {self.SPEC.think}; start one"
-                )
+                raise AllTiersFailed(f"{call.task}: no tier answered for {self.SPEC.think}; start one")
             await workflow.sleep(pause, summary=f"{call.task}: no tier answers")
             pause = min(pause * 2, policies.LONGEST_PAUSE)
         return answered
