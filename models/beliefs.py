@@ -80,6 +80,77 @@ class Settled(Frozen):
     at: AwareDatetime | None = None
 
 
+class Mail(Frozen):
+    """A change as it is sent to the owner of its subject."""
+
+    agent: Name
+    event: Line = Field(min_length=1, max_length=200)
+    sets: dict[Key, Value] = Field(default_factory=dict[str, Value], max_length=100)
+    removes: tuple[Key, ...] = Field(default=(), max_length=100)
+    memories: tuple[Line, ...] = Field(default=(), max_length=50)
+    expected: int | None = Field(default=None, ge=0)
+    """The version the sender decided on; another one refuses it."""
+
+
+class Handled(Frozen):
+    """What became of mail."""
+
+    event: str
+    agent: str
+    won: bool
+    """It changed the belief, now or when it came before."""
+    version: int
+    """The one it made; the one that stands, if it made none."""
+    known: bool = False
+    """It had come before."""
+    reason: str = ""
+
+
+class Ownership(Frozen):
+    """What one run of an owner takes over from the one before it."""
+
+    tenant: Name
+    subject: Subject
+    answered: tuple[Handled, ...] = ()
+    """The newest answers, oldest first; older events are known to SQL."""
+    waiting: tuple[Mail, ...] = ()
+    handled: int = 0
+    refused: int = 0
+    hand_over_after: int = Field(default=2000, ge=1)
+    """Mail that one run handles, so that its history stays small."""
+
+
+class Owning(Frozen):
+    """A run says that it is the owner from now on."""
+
+    tenant: Name
+    subject: Subject
+    holder: str
+
+
+class Delivery(Frozen):
+    """Mail in order, from the owner of this epoch."""
+
+    tenant: Name
+    subject: Subject
+    epoch: int
+    mails: tuple[Mail, ...] = Field(min_length=1)
+
+
+class Delivered(Frozen):
+    """What became of each."""
+
+    handled: tuple[Handled, ...]
+
+
+class Look(Frozen):
+    """Which belief an agent wants to read."""
+
+    tenant: Name
+    agent: Name
+    subject: Subject
+
+
 class Delta(Frozen):
     """One field, before and after; `None` is nothing."""
 
@@ -90,6 +161,11 @@ class Delta(Frozen):
     def text(self) -> str:
         """For people."""
         return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+
+
+def owner_id(tenant: str, subject: str) -> str:
+    """The workflow id of a subject's owner, and the name of its lease; there can be only one."""
+    return f"belief/{tenant}/{subject}"
 
 
 def apply(belief: Belief, change: Change) -> Belief:

@@ -17,8 +17,8 @@ from temporalio.worker import Worker
 
 from activities.actions import Actions
 from activities.approvals import Approvals
-from activities.calendar import Planning
 from activities.beliefs import Believing
+from activities.calendar import Planning
 from activities.connectors.base import Connector
 from activities.connectors.git_site import GitSite
 from activities.connectors.null import Null
@@ -29,9 +29,9 @@ from activities.ledger import Ledger
 from activities.memory import Memory
 from activities.routing import Routing
 from activities.services.actor import Actor
+from activities.services.beliefs import Beliefs
 from activities.services.checkpoints import Checkpoints, keep_signing, load_key
 from activities.services.claims import Claims
-from activities.services.beliefs import Beliefs
 from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.identities import Identities

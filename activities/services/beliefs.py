@@ -17,10 +17,25 @@ from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from activities.services.database import Database, from_micros, to_micros
+from activities.services.leases import check_in, seize_in
 from activities.services.ledger_store import add_in
-from models.beliefs import Belief, Change, Settled, apply, difference, read_evidence, stale_fields
+from models.beliefs import (
+    Belief,
+    Change,
+    Delivered,
+    Delivery,
+    Handled,
+    Mail,
+    Owning,
+    Settled,
+    apply,
+    difference,
+    owner_id,
+    read_evidence,
+    stale_fields,
+)
 from models.canonical import canonical, derived_id, sha256
-from models.errors import LedgerBroken, LedgerConflict, UnknownName
+from models.errors import InvalidInput, LedgerBroken, LedgerConflict, UnknownName
 from models.ledger import Draft, EventType
 from models.loop import Intent
 from models.tables import BeliefHead, BeliefSnapshot, table
@@ -89,6 +104,20 @@ class Beliefs:
             logger.info("a belief was not changed: %s", settled.reason)
         return settled
 
+    async def own(self, owning: Owning) -> int:
+        """Become the owner of a subject; the epoch fences off the run that was it before."""
+        now, name = self._clock(), owner_id(owning.tenant, owning.subject)
+        return await self._database.write(lambda link: seize_in(link, name, owning.holder, now))
+
+    async def deliver(self, delivery: Delivery) -> Delivered:
+        """Handle mail in order and in one commit; an event that was handled before changes nothing.
+
+        Raises:
+            LedgerConflict: another run owns the subject by now; nothing was handled.
+        """
+        now = self._clock()
+        return await self._database.write(lambda link: _deliver(link, delivery, now))
+
     async def decide(
         self,
         tenant: str,
@@ -131,6 +160,36 @@ def change_in(
     made = apply(standing, change)
     _store(connection, made, change.event, head, now)
     return Settled(won=True, belief=made, at=now)
+
+
+def _deliver(connection: Connection, delivery: Delivery, now: datetime) -> Delivered:
+    check_in(connection, owner_id(delivery.tenant, delivery.subject), delivery.epoch)
+    return Delivered(handled=tuple(_handle(connection, delivery, mail, now) for mail in delivery.mails))
+
+
+def _handle(connection: Connection, delivery: Delivery, mail: Mail, now: datetime) -> Handled:
+    content = mail.model_dump(include={"agent", "event", "sets", "removes", "memories"})
+    change = Change(tenant=delivery.tenant, subject=delivery.subject, **content)
+    try:
+        done = change_in(connection, change, mail.expected, None, now)
+    except InvalidInput as error:
+        standing = belief_in(connection, change.tenant, change.agent, change.subject)
+        done = Settled(won=False, belief=standing, reason=error.message)
+    return Handled(
+        event=mail.event,
+        agent=mail.agent,
+        # A commit whose answer was lost is asked again; it has won all the same.
+        won=done.won or done.known,
+        known=done.known,
+        version=_version_of(connection, change) if done.known else done.belief.version,
+        reason=done.reason,
+    )
+
+
+def _version_of(connection: Connection, change: Change) -> int:
+    mine = _mine(SNAPSHOT, change.tenant, change.agent, change.subject)
+    query = select(SNAPSHOT.c.version).where(*mine, SNAPSHOT.c.event_id == change.event)
+    return int(connection.execute(query).scalar_one())
 
 
 def belief_in(

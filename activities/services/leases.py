@@ -52,6 +52,19 @@ def take_in(connection: Connection, name: str, holder: str, lasting: timedelta, 
     return epoch
 
 
+def seize_in(connection: Connection, name: str, holder: str, now: datetime) -> int:
+    """Take a lease from whoever has it, for one whom something else has made the only one."""
+    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    blank = dict(name=name, holder="", epoch=0, expires_at=to_micros(now))
+    connection.execute(kind(LEASE).values(**blank).on_conflict_do_nothing())
+    row = connection.execute(select(LEASE).where(LEASE.c.name == name).with_for_update()).one()
+    if row.holder == holder:
+        return int(row.epoch)
+    values = dict(holder=holder, epoch=row.epoch + 1)
+    connection.execute(update(LEASE).where(LEASE.c.name == name).values(**values))
+    return int(row.epoch) + 1
+
+
 def check_in(connection: Connection, name: str, epoch: int) -> None:
     """Refuse a protected write of a former holder; in the transaction of that write.
 
