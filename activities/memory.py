@@ -6,6 +6,7 @@ from typing import Protocol
 
 from temporalio import activity
 
+from activities.heartbeat import heartbeats
 from models.memory import Recall, Recalled
 
 
@@ -28,4 +29,5 @@ class Memory:
     async def recall(self, request: Recall) -> Recalled:
         """Find records; `degraded` says what could not be asked. What it shows, the run cannot learn."""
         run = request.run or activity.info().workflow_id or ""
-        return await self._store.recall(request.model_copy(update={"run": run}))
+        async with heartbeats():
+            return await self._store.recall(request.model_copy(update={"run": run}))

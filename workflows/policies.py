@@ -92,6 +92,7 @@ async def search(recall: Recall, pace: Pace) -> Recalled:
         task_queue=Queue.REMEMBER,
         schedule_to_close_timeout=pace.effect,
         start_to_close_timeout=pace.read,
+        heartbeat_timeout=pace.heartbeat,
         retry_policy=SOON,
         summary="recall",
     )
