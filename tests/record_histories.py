@@ -1,0 +1,306 @@
+"""`python -m tests.record_histories` writes `tests/histories/*.json` from real runs, one per path.
+
+Run it when a history is wanted that today's code should replay for ever; never to make a failing replay pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from temporalio.client import WorkflowFailureError
+
+from activities.connectors.null import Null
+from activities.tiers.scripted import Scripted
+from models.gate import Kind
+from models.ledger import EventType
+from models.loop import GateRule, Outcome, Request
+from models.orders import Pace
+from models.policy import AgentPolicy
+from models.settings import ContentSettings, Settings, SiteSettings, TemporalSettings, TierSettings
+from models.visibility import Queue, Role
+from temporal import dev_server
+from temporal.client import Started, submit
+from tests.conftest import ROLES, a_key, free_port, note, settings_for, stack_of
+from tests.shared import Odd, Shared, odd, policies
+from tests.test_agents_content import BRIEF
+from tests.test_calendar import ask, child, editor, remember
+from tests.variants import AGENTS
+from workers.compose import Parts, utc_now
+
+FOLDER = Path(__file__).parent / "histories"
+Flow = Callable[[Shared], Awaitable[Started]]
+FLOWS: dict[str, Flow] = {}
+IDENTITY = re.compile(r"\d+@[A-Za-z0-9.\-]+")
+
+
+def flow(run: Flow) -> Flow:
+    FLOWS[run.__name__] = run
+    return run
+
+
+async def approved(shared: Shared, *actions: dict[str, Any], agent: str = "external") -> Started:
+    run = await shared.propose(a_key(), *actions, agent=agent)
+    await shared.approve(run)
+    return run
+
+
+@flow
+async def external_approved(shared: Shared) -> Started:
+    return await approved(shared, note("one"), note("two"))
+
+
+@flow
+async def external_rejected(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note())
+    await shared.answer(run, Kind.REJECT, await shared.digest(run), comment="no")
+    return run
+
+
+@flow
+async def external_revised_twice(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note(), reasons="because")
+    for number in (1, 2):
+        digest = await shared.digest(run, number)
+        await run.handle.signal("revise", {"digest": digest, "approver": "ann", "comment": "again"})
+    await shared.approve(run, 3)
+    return run
+
+
+@flow
+async def external_refused_then_delegated(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note())
+    digest = await shared.digest(run)
+    await run.handle.signal("approve")
+    await run.handle.signal("approve", args=[1, 2])
+    await shared.answer(run, Kind.APPROVE, "0" * 64)
+    await shared.answer(run, Kind.DELEGATE, digest, to="bob")
+    await shared.answer(run, Kind.APPROVE, digest)
+    await shared.answer(run, Kind.APPROVE, digest, approver="bob")
+    return run
+
+
+@flow
+async def external_drifted(shared: Shared) -> Started:
+    name = a_key()
+    run = await shared.propose(a_key(), note("drift", target=name))
+    digest = await shared.digest(run)
+    shared.target(name, "changed")
+    await shared.answer(run, Kind.APPROVE, digest)
+    await shared.approve(run, 2)
+    return run
+
+
+@flow
+async def external_compensated(shared: Shared) -> Started:
+    return await approved(shared, odd("a"), odd("b"), odd("c", fail="rejected"))
+
+
+@flow
+async def external_compensation_failed(shared: Shared) -> Started:
+    return await approved(shared, odd("a", stuck=True), odd("b", fail="rejected"))
+
+
+@flow
+async def external_cancelled_while_waiting(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note())
+    await shared.digest(run)
+    await run.handle.cancel()
+    return run
+
+
+@flow
+async def external_cancelled_while_acting(shared: Shared) -> Started:
+    shared.odd.reset()
+    run = await approved(shared, odd("a", hold="apply"), odd("b"))
+    await shared.odd.reached.wait()
+    await run.handle.cancel()
+    shared.odd.go_on.set()
+    return run
+
+
+@flow
+async def external_taken_up_again(shared: Shared) -> Started:
+    key = a_key()
+    run = await shared.propose(key, note("again"))
+    digest = await shared.digest(run)
+    await run.handle.terminate()
+    again = await shared.propose(key, note("again"))
+    await shared.answer(again, Kind.APPROVE, digest)
+    return again
+
+
+@flow
+async def external_answered_already(shared: Shared) -> Started:
+    key = a_key()
+    run = await shared.propose(key, note("answered"))
+    await shared.approve(run)
+    await run.handle.result()
+    return await shared.propose(key, note("answered"))
+
+
+@flow
+async def external_failed(shared: Shared) -> Started:
+    return await shared.propose(a_key(), note() | {"connector": "nope"})
+
+
+@flow
+async def external_no_request(shared: Shared) -> Started:
+    return await _raw(shared, "external", {"agent": "external"})
+
+
+@flow
+async def unknown_agent(shared: Shared) -> Started:
+    return await _raw(shared, "nobody")
+
+
+@flow
+async def pair_approved(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note(), agent="pair")
+    digest = await shared.digest(run)
+    await shared.answer(run, Kind.APPROVE, digest)
+    await shared.answer(run, Kind.APPROVE, digest, approver="bob")
+    return run
+
+
+@flow
+async def auto_passed(shared: Shared) -> Started:
+    return await shared.propose(a_key(), note(), agent="auto")
+
+
+@flow
+async def keep_partly(shared: Shared) -> Started:
+    return await approved(shared, odd("a"), odd("b", fail="rejected"), agent="keep")
+
+
+@flow
+async def hasty_reminded_and_expired(shared: Shared) -> Started:
+    return await shared.propose(a_key(), note(), agent="hasty")
+
+
+@flow
+async def short_continued(shared: Shared) -> Started:
+    """The history of the first run of its chain; the next one goes on by itself."""
+    run = await shared.propose(a_key(), note(), agent="short")
+    first = (await run.handle.describe()).run_id
+    for number in (1, 2):
+        await shared.answer(run, Kind.REVISE, await shared.digest(run, number), comment="again")
+    await shared.approve(run, 3)
+    return Started(run.workflow_id, shared.client.get_workflow_handle(run.workflow_id, run_id=first))
+
+
+@flow
+async def content_revised_and_published(shared: Shared) -> Started:
+    body = await shared.content.put("default", BRIEF.encode(), "text/markdown; charset=utf-8")
+    run = await submit(
+        shared.client, Request(agent="content", key=a_key(), body=body), shared.settings.temporal
+    )
+    await shared.answer(run, Kind.REVISE, await shared.digest(run), comment="warmer")
+    await shared.approve(run, 2)
+    return run
+
+
+@flow
+async def calendar_started(shared: Shared) -> Started:
+    title = "Bakery rolls"
+    await remember(shared, title, "# Title\n\n## Heading\n\nWe bake early.\n\n- The rolls cost 2.50")
+    run = await ask(shared, per_week=1)
+    await run.handle.result()
+    article = child(shared, title)
+    await shared.until(Started(article, shared.client.get_workflow_handle(article)), EventType.INTENT)
+    await shared.client.get_workflow_handle(article).cancel()
+    return run
+
+
+async def _raw(shared: Shared, kind: str, *payloads: Any) -> Started:
+    handle = await shared.client.start_workflow(
+        kind, args=payloads, id=a_key(), task_queue=Queue.DECIDE, result_type=Outcome
+    )
+    return Started(handle.id, handle)
+
+
+def settings_of(temporal: TemporalSettings, data: Path) -> Settings:
+    rules = policies(hasty=GateRule(absolute_seconds=3, remind_seconds=1))
+    plain = AgentPolicy(connectors=("site",), gate=GateRule(remind_seconds=None))
+    more = {"content": plain, "calendar": AgentPolicy(connectors=())}
+    site = SiteSettings(
+        name="site",
+        repository=Path("site.git"),
+        build=Path("site"),
+        address=f"http://127.0.0.1:{free_port()}",
+        engine="plain",
+    )
+    return settings_for(
+        temporal,
+        data,
+        tiers=(TierSettings(name="large", kind="llama_cpp", url="http://127.0.0.1:9"),),
+        sites=(site,),
+        content=ContentSettings(min_words=5),
+        policy=rules.model_copy(update={"agents": rules.agents | more}),
+        pace=Pace(attempt=timedelta(seconds=5)),
+    )
+
+
+@asynccontextmanager
+async def stack(data: Path) -> AsyncGenerator[Shared]:
+    """A server and all roles, for as long as the block lasts."""
+    temporal = TemporalSettings(address=f"127.0.0.1:{free_port()}", ui_port=free_port(), managed=False)
+    with open(data / "log", "wb") as log:
+        argv = dev_server.argv(dev_server.binary(), temporal, data)
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+    try:
+        await dev_server.wait_ready(temporal)
+        target = Odd(Null(data / "notes", utc_now))
+        parts = Parts(
+            agents=AGENTS,
+            endpoints={"large": Scripted("large", editor)},
+            connectors=lambda known: {**known, "odd": target},
+        )
+        async with stack_of(settings_of(temporal, data), parts, (*ROLES, Role.DESK)) as made:
+            yield Shared(made.client, made.settings, made.database, target)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def neutral(history: dict[str, Any]) -> str:
+    """The same without process names and stack traces, which say where it was recorded."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if key != "stackTrace"}
+        if isinstance(value, list):
+            return [clean(item) for item in value]
+        return IDENTITY.sub("worker", value) if isinstance(value, str) else value
+
+    return json.dumps(clean(history), sort_keys=True, separators=(",", ":")) + "\n"
+
+
+async def record(names: list[str]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as data:
+        async with stack(Path(data)) as shared:
+            for name in names or list(FLOWS):
+                run = await FLOWS[name](shared)
+                try:
+                    await run.handle.result(follow_runs=False)
+                except WorkflowFailureError:
+                    pass
+                except Exception as error:
+                    assert "ContinuedAsNew" in type(error).__name__, error
+                history = await run.handle.fetch_history()
+                (FOLDER / f"{name}.json").write_text(neutral(history.to_json_dict()))
+                sys.stdout.write(f"{name}: {len(history.events)} events\n")
+
+
+if __name__ == "__main__":
+    asyncio.run(record(sys.argv[1:]))
