@@ -19,8 +19,9 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from activities.services.content import JSON, put_blob
 from activities.services.database import Database, to_micros
-from activities.services.merkle import LEAF_PREFIX, extend, leaf_hash, pack, unpack
-from models.canonical import canonical, sha256
+from activities.services.merkle import extend, leaf_hash, pack, unpack
+from activities.services.statements import Statement
+from models.canonical import canonical
 from models.errors import LedgerBroken
 from models.ledger import Append, Appended, Draft, Entry, Event
 from models.tables import EventRow, LogHead, MerkleNode, table
@@ -29,22 +30,21 @@ EVENT = table(EventRow)
 HEAD = table(LogHead)
 NODE = table(MerkleNode)
 
-# An append is made of these few; building them anew for each took most of its time.
 _LOG, _STREAM, _AFTER = bindparam("log"), bindparam("stream"), bindparam("after")
 _IN_STREAM = (EVENT.c.log_id == _LOG) & (EVENT.c.stream == _STREAM)
-_ENTRIES = (
+_ENTRIES = Statement(
     select(EVENT.c.version, EVENT.c.envelope, EVENT.c.leaf_hash)
     .where(_IN_STREAM, EVENT.c.version > _AFTER)
     .order_by(EVENT.c.version)
 )
-_LAST = select(func.max(EVENT.c.version)).where(_IN_STREAM)
-_KNOWN = select(EVENT.c.seq).where(EVENT.c.log_id == _LOG, EVENT.c.event_id == bindparam("event"))
-_HEAD = select(HEAD.c.size, HEAD.c.peaks).where(HEAD.c.log_id == _LOG).with_for_update()
-_GROW = (
+_LAST = Statement(select(func.max(EVENT.c.version)).where(_IN_STREAM))
+_KNOWN = Statement(select(EVENT.c.seq).where(EVENT.c.log_id == _LOG, EVENT.c.event_id == bindparam("event")))
+_HEAD = Statement(select(HEAD.c.size, HEAD.c.peaks).where(HEAD.c.log_id == _LOG).with_for_update())
+_GROW = Statement(
     update(HEAD).where(HEAD.c.log_id == _LOG).values(size=bindparam("new_size"), peaks=bindparam("new_peaks"))
 )
-_ADD_EVENTS = EVENT.insert()
-_ADD_NODES = NODE.insert()
+_ADD_EVENTS = Statement(EVENT.insert())
+_ADD_NODES = Statement(NODE.insert())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class LedgerStore:
 
     async def _events(self, query: Any) -> tuple[Event, ...]:
         return await self._database.read(
-            lambda connection: tuple(_read(row) for row in connection.execute(query))
+            lambda connection: tuple(_read(row.envelope, row.leaf_hash) for row in connection.execute(query))
         )
 
 
@@ -106,9 +106,9 @@ def append_in(connection: Connection, wish: Append, now: datetime) -> Appended:
     head = _lock(connection, wish.tenant)
     # From the last event the writer knows of, so that one look says both what stands and whether that does.
     known = {"log": wish.tenant, "stream": wish.stream, "after": wish.expected - 1}
-    rows = connection.execute(_ENTRIES, known).all()
-    last = rows[0].version if rows and rows[0].version == wish.expected else 0
-    if standing := tuple(_entry(_read(row)) for row in rows if row.version > wish.expected):
+    rows = _ENTRIES.rows(connection, known)
+    last = wish.expected if rows and rows[0][0] == wish.expected else 0
+    if standing := tuple(_entry(_read(*row[1:])) for row in rows if row[0] > wish.expected):
         same = [_same(draft, entry) for draft, entry in zip(drafts, standing, strict=False)]
         won = len(standing) == len(drafts) and all(same)
         return _won(connection, wish) if won else Appended(won=False, entries=standing)
@@ -125,15 +125,15 @@ def append_in(connection: Connection, wish: Append, now: datetime) -> Appended:
 def add_in(connection: Connection, tenant: str, draft: Draft, now: datetime) -> None:
     """Append at the end of the draft's stream; an event id that stands already is left as it is."""
     head = _lock(connection, tenant)
-    if connection.execute(_KNOWN, {"log": tenant, "event": draft.event_id}).first() is not None:
+    if _KNOWN.rows(connection, {"log": tenant, "event": draft.event_id}):
         return
     _insert(connection, head, (draft,), _last_version(connection, tenant, draft.stream) + 1, now)
 
 
 def entries_in(connection: Connection, tenant: str, stream: str, after: int = 0) -> tuple[Entry, ...]:
     """The events of a stream beyond version `after`."""
-    found = connection.execute(_ENTRIES, {"log": tenant, "stream": stream, "after": after})
-    return tuple(_entry(_read(row)) for row in found)
+    found = _ENTRIES.rows(connection, {"log": tenant, "stream": stream, "after": after})
+    return tuple(_entry(_read(*row[1:])) for row in found)
 
 
 def _won(connection: Connection, wish: Append) -> Appended:
@@ -155,20 +155,21 @@ def _with_texts(connection: Connection, wish: Append) -> tuple[Draft, ...]:
 
 def _lock(connection: Connection, tenant: str) -> _Head:
     """The head of the log, with its row held until the transaction ends."""
-    row = connection.execute(_HEAD, {"log": tenant}).first()
-    if row is None:
+    rows = _HEAD.rows(connection, {"log": tenant})
+    if not rows:
         insert = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
         fresh = insert(HEAD).values(log_id=tenant, size=0, peaks=b"")
         connection.execute(fresh.on_conflict_do_nothing())
-        row = connection.execute(_HEAD, {"log": tenant}).one()
+        rows = _HEAD.rows(connection, {"log": tenant})
+    size, peaks = rows[0]
     try:
-        return _Head(tenant, row.size, unpack(row.size, row.peaks))
+        return _Head(tenant, size, unpack(size, bytes(peaks)))
     except ValueError as error:
         raise LedgerBroken(f"the head of log {tenant}: {error}; restore the database") from None
 
 
 def _last_version(connection: Connection, tenant: str, stream: str) -> int:
-    return connection.execute(_LAST, {"log": tenant, "stream": stream}).scalar_one() or 0
+    return _LAST.rows(connection, {"log": tenant, "stream": stream})[0][0] or 0
 
 
 def _insert(
@@ -178,14 +179,14 @@ def _insert(
     rows = [_row(head, draft, place, version + place, now) for place, draft in enumerate(drafts)]
     leaves = [bytes.fromhex(row["leaf_hash"]) for row in rows]
     peaks, nodes = extend(head.size, head.peaks, leaves)
-    connection.execute(_ADD_EVENTS, rows)
+    _ADD_EVENTS.run_many(connection, rows)
     if nodes:
-        connection.execute(
-            _ADD_NODES,
+        _ADD_NODES.run_many(
+            connection,
             [{"log_id": head.tenant, "level": n.level, "idx": n.index, "hash": n.hash} for n in nodes],
         )
     grown = {"log": head.tenant, "new_size": head.size + len(rows), "new_peaks": pack(peaks)}
-    connection.execute(_GROW, grown)
+    _GROW.run(connection, grown)
 
 
 def _row(head: _Head, draft: Draft, place: int, version: int, now: datetime) -> dict[str, Any]:
@@ -207,10 +208,10 @@ def _row(head: _Head, draft: Draft, place: int, version: int, now: datetime) -> 
     }
 
 
-def _read(row: Any) -> Event:
-    if sha256(LEAF_PREFIX + row.envelope) != row.leaf_hash:
+def _read(envelope: bytes, hashed: str) -> Event:
+    if leaf_hash(envelope).hex() != hashed:
         raise LedgerBroken("an event does not hash to its leaf; stop all workers and restore the database")
-    return Event.model_validate(json.loads(row.envelope) | {"leaf_hash": row.leaf_hash})
+    return Event.model_validate(json.loads(envelope) | {"leaf_hash": hashed})
 
 
 def _entry(event: Event) -> Entry:

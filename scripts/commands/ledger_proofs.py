@@ -80,9 +80,8 @@ def key() -> None:
 async def _verify(settings: Settings, keys: list[NoteKey], old: list[str]) -> Report:
     async with opened(settings) as session:
         signer = _signer(session)
-        # Whoever brings a key or a note of their own wants to rely on nothing that is kept here.
-        if not keys and not old:
-            keys, old = [signer.key(session.tenant)], list(await signer.newest_witnessed(session.tenant))
+        keys = keys or [signer.key(session.tenant)]
+        old = old or list(await signer.newest_witnessed(session.tenant))
         tenant, origin = session.tenant, _key(settings).name
         return await session.database.read(lambda link: check_database(link, tenant, origin, keys, old))
 
