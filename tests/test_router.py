@@ -3,7 +3,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
 from pathlib import Path
@@ -14,15 +14,30 @@ from hypothesis import strategies as st
 from temporalio.testing import ActivityEnvironment
 
 from activities.inference import Inference
-from activities.services.router import Answerer, Examined, best_of, schema_objections
+from activities.services.breaker import OPEN_SECONDS, SAMPLES, Breakers
+from activities.services.budget import Books, Hold
+from activities.services.cache import Cache
+from activities.services.content import ContentStore
+from activities.services.database import Database
+from activities.services.migrations import migrate
+from activities.services.router import Answerer, Examined, Till, best_of, schema_objections
 from activities.tiers.scripted import Scripted
 from activities.tiers.tgi import Tgi
 from activities.tiers.wire import http_client
-from models.errors import InvalidInput, OutputInvalid, PolicyDenied, RateLimited, UnknownName
-from models.inference import Answered, Ask, Call, Completion, DataClass, Message, Needs, Prompt, Task
+from models.budget import Budget, accounts_of
+from models.errors import (
+    DeadlineMissed,
+    InvalidInput,
+    OutputInvalid,
+    PolicyDenied,
+    RateLimited,
+    TierUnavailable,
+    UnknownName,
+)
+from models.inference import Answered, Ask, Call, Completion, DataClass, Grant, Message, Needs, Prompt, Task
 from models.loop import Cost, Ref
 from models.routing import Measured, averaged, estimate, needs_of, route, unsuitable
-from models.settings import TierSettings
+from models.settings import TaskSettings, TierSettings
 from tests.tgi_stub import TgiStub
 
 SCHEMA = {
@@ -422,3 +437,220 @@ def test_importing_the_activity_loads_no_engine():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     loaded = set(done.stdout.split())
     assert not loaded & {"httpx", "numpy", "sqlalchemy", "jsonschema", "aiohttp", "xllamacpp"}
+
+
+class Ticks:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
+AWAY = TierUnavailable("edge: away")
+
+
+async def ask(answerer, grant=None, attempt=1, **call):
+    return await answerer.answer("acme", Call(task="title", **call), "edge", grant, attempt)
+
+
+async def failing(answerer, times, error=TierUnavailable):
+    for _ in range(times):
+        with pytest.raises(error):
+            await ask(answerer)
+
+
+def with_breakers(script, ticks, made=None, **more):
+    breakers = Breakers(ticks, lambda: 1.0)
+    scripted = Scripted("edge", script)
+    answerer = Answerer(
+        [tier(**more)], {"edge": scripted}, {"title": made or task()}, Shelf(), breakers=breakers, ticks=ticks
+    )
+    return answerer, scripted, breakers
+
+
+async def test_a_tier_that_fails_is_left_alone_until_a_probe_generates_a_token():
+    ticks = Ticks()
+    answerer, scripted, _ = with_breakers([*[AWAY] * SAMPLES, "yes", "better"], ticks)
+    await failing(answerer, SAMPLES)
+    with pytest.raises(TierUnavailable, match="its breaker is open"):
+        await ask(answerer)
+    assert len(scripted.prompts) == SAMPLES
+    ticks.now += OPEN_SECONDS
+    assert (await ask(answerer)).tier == "edge"
+    probe, asked = scripted.prompts[SAMPLES:]
+    assert (probe.max_tokens, asked.max_tokens) == (1, 256)
+
+
+async def test_a_probe_that_fails_keeps_it_away_for_twice_as_long_and_asks_nothing_else():
+    ticks = Ticks()
+    answerer, scripted, _ = with_breakers([AWAY] * (SAMPLES + 1), ticks)
+    await failing(answerer, SAMPLES)
+    ticks.now += OPEN_SECONDS
+    await failing(answerer, 3)
+    assert len(scripted.prompts) == SAMPLES + 1
+    ticks.now += OPEN_SECONDS * 2 - 0.1
+    await failing(answerer, 1)
+    assert len(scripted.prompts) == SAMPLES + 1
+
+
+@pytest.mark.parametrize("error", [RateLimited("edge: full"), InvalidInput("edge: too long")])
+async def test_no_storm_of_refusals_opens_a_breaker(error):
+    answerer, _, breakers = with_breakers([error] * 200 + ["yes"], Ticks(), concurrency=8)
+    await failing(answerer, 200, type(error))
+    assert breakers.openings() == 0
+    assert (await ask(answerer)).tier == "edge"
+
+
+async def test_a_schema_that_is_broken_again_and_again_is_refused_while_text_still_works():
+    ticks = Ticks()
+    answerer, scripted, _ = with_breakers(["no"] * 12, ticks, task(structured=True))
+    await failing(answerer, 5, OutputInvalid)
+    asked = len(scripted.prompts)
+    with pytest.raises(OutputInvalid, match="several times in a row"):
+        await ask(answerer)
+    assert len(scripted.prompts) == asked
+    ticks.now += OPEN_SECONDS
+    await failing(answerer, 1, OutputInvalid)
+    assert len(scripted.prompts) == asked + 2
+
+
+async def test_a_deadline_that_has_passed_asks_nobody():
+    answerer, scripted = asking_with(["late"], task())
+    with pytest.raises(DeadlineMissed, match="has passed"):
+        await ask(answerer, Grant(deadline=NOON))
+    assert scripted.prompts == []
+
+
+async def test_a_call_that_outlasts_its_deadline_is_cut_off_and_its_socket_with_it():
+    class Hanging:
+        name = "edge"
+
+        def __init__(self):
+            self.cancelled = False
+
+        async def complete(self, prompt):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                self.cancelled = True
+                raise
+
+    hanging = Hanging()
+    answerer = Answerer([tier()], {"edge": hanging}, {"title": task()}, Shelf(), clock=lambda: NOON)
+    with pytest.raises(DeadlineMissed, match="no answer within"):
+        await ask(answerer, Grant(deadline=NOON + timedelta(milliseconds=20)))
+    assert hanging.cancelled
+
+
+@pytest.fixture
+def database(tmp_path):
+    url = f"sqlite:///{tmp_path / 'router.db'}"
+    migrate(url)
+    made = Database(url)
+    yield made
+    made.close()
+
+
+def shipped(database, script, made=None, **more):
+    scripted = Scripted("edge", script)
+    answerer = Answerer(
+        [tier(**PRICED)],
+        {"edge": scripted},
+        {"title": made or task()},
+        ContentStore(database),
+        till=Till(database, lambda: NOON),
+        cache=Cache(database, lambda: NOON),
+        clock=lambda: NOON,
+        **more,
+    )
+    return answerer, scripted
+
+
+EUR = accounts_of([Budget(amount="1", currency="EUR")], "acme", "content", NOON)
+
+
+async def granted(database, worst=10_000):
+    caps = {account.name: account.cap for account in EUR}
+    hold = Hold("acme", "money", "run", "content", "title", caps, "EUR", worst)
+    await Books(database, lambda: NOON).reserve(hold, EUR)
+    return Grant(reservation="money")
+
+
+async def booked(database):
+    (account,) = await Books(database, lambda: NOON).accounts(EUR)
+    return account.held, account.spent
+
+
+async def test_an_answer_settles_what_was_held_for_it_in_its_own_commit(database):
+    answerer, _ = shipped(database, [completion("x")])
+    answered = await ask(answerer, await granted(database))
+    assert answered.cost.amount == "0.00000450"
+    assert await booked(database) == (0, 5)
+
+
+async def test_a_failed_try_keeps_the_money_for_the_next_tier_and_counts_at_its_worst(database):
+    answerer, _ = shipped(database, [AWAY, completion("x")])
+    grant = await granted(database)
+    with pytest.raises(TierUnavailable):
+        await ask(answerer, grant)
+    assert await booked(database) == (10_000, 0)
+    await ask(answerer, grant, attempt=2)
+    held, spent = await booked(database)
+    assert held == 0
+    assert 100 < spent < 10_000
+
+
+async def test_back_pressure_costs_nothing(database):
+    answerer, _ = shipped(database, [RateLimited("edge: full"), completion("x")])
+    grant = await granted(database)
+    with pytest.raises(RateLimited):
+        await ask(answerer, grant)
+    await ask(answerer, grant, attempt=2)
+    assert await booked(database) == (0, 5)
+
+
+async def test_a_try_that_died_with_its_process_counts_at_its_worst(database):
+    answerer, _ = shipped(database, [completion("x")])
+    await ask(answerer, await granted(database), attempt=2)
+    assert (await booked(database))[1] > 100
+
+
+async def test_an_identical_call_is_answered_from_the_cache_for_nothing(database):
+    wanted = {"title": TaskSettings(cache_seconds=60)}
+    answerer, scripted = shipped(database, [completion("x")], wanted=wanted)
+    first = await ask(answerer)
+    assert not first.cached
+    again = await ask(answerer, await granted(database))
+    assert (again.cached, again.text, again.cost.amount, again.cost.tokens) == (True, first.text, "0", 0)
+    assert len(scripted.prompts) == 1
+    assert await booked(database) == (0, 0)
+
+
+async def test_identical_calls_at_once_are_one_call_and_one_bill(database):
+    wanted = {"title": TaskSettings(cache_seconds=60)}
+    answerer, scripted = shipped(database, [completion("x")], wanted=wanted)
+    answers = await asyncio.gather(*(ask(answerer) for _ in range(10)))
+    assert len(scripted.prompts) == 1
+    assert sum(answer.cost.tokens for answer in answers) == 15
+
+
+async def test_nothing_is_cached_unless_task_or_settings_say_so_nor_with_objections(database):
+    answerer, scripted = shipped(database, [completion("x")] * 2)
+    for _ in range(2):
+        assert not (await ask(answerer)).cached
+    assert len(scripted.prompts) == 2
+    wanted = {"title": TaskSettings(cache_seconds=60)}
+    answerer, scripted = shipped(database, ["LOUD"] * 4, task(check=too_loud), wanted=wanted)
+    for _ in range(2):
+        assert not (await ask(answerer)).cached
+    assert len(scripted.prompts) == 4
+
+
+async def test_a_kept_answer_is_not_for_a_call_of_another_tenant_or_class(database):
+    wanted = {"title": TaskSettings(cache_seconds=60)}
+    answerer, scripted = shipped(database, [completion("x")] * 3, wanted=wanted)
+    await ask(answerer)
+    assert not (await ask(answerer, data_class=DataClass.PUBLIC)).cached
+    assert not (await answerer.answer("other", Call(task="title"), "edge")).cached
+    assert len(scripted.prompts) == 3

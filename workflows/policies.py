@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from temporalio import workflow
-from temporalio.common import RetryPolicy
+from temporalio.common import Priority, RetryPolicy
 
 from activities.actions import Actions
 from activities.inference import Inference
@@ -108,6 +108,8 @@ async def infer(ask: Ask, queue: str, pace: Pace) -> Answered:
         start_to_close_timeout=pace.answer,
         heartbeat_timeout=pace.heartbeat,
         retry_policy=TWICE,
+        # Work waits here and not in a model server: the urgent first, and tenants in turn.
+        priority=Priority(priority_key=ask.grant.priority, fairness_key=ask.tenant),
         summary=f"{ask.call.task} on {ask.tier}",
     )
 

@@ -8,6 +8,7 @@ spent and held together never exceeds the cap, whoever dies when.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, Table, bindparam, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
@@ -31,6 +32,36 @@ LEASE = timedelta(minutes=30)
 """Longer than all tiers of a chain may take."""
 SWEEP = 100
 """Leases ended in one go; the next call ends the rest."""
+
+
+# Built once: putting a statement together takes longer than running it.
+_RESERVED = (
+    select(RESERVATION)
+    .where(RESERVATION.c.tenant == bindparam("of"), RESERVATION.c.id == bindparam("named"))
+    .with_for_update()
+)
+_CHANGE = update(RESERVATION).where(
+    RESERVATION.c.tenant == bindparam("of"), RESERVATION.c.id == bindparam("named")
+)
+_PAID = _CHANGE.values(state=bindparam("to"), spent=bindparam("paid"))
+_MOVE = (
+    update(BUDGET)
+    .where(BUDGET.c.account == bindparam("named"))
+    .values(held=BUDGET.c.held + bindparam("more"), spent=BUDGET.c.spent + bindparam("paid"))
+)
+# Always in one order, so that no two transactions wait for each other.
+_ACCOUNTS = (
+    select(BUDGET).where(BUDGET.c.account.in_(bindparam("names", expanding=True))).order_by(BUDGET.c.account)
+)
+_LOCKED = _ACCOUNTS.with_for_update()
+_TRIED = select(CALL.c.id).where(CALL.c.reservation == bindparam("named"), CALL.c.tenant == bindparam("of"))
+
+
+@functools.cache
+def _once(table: Table, dialect: str) -> Any:
+    """An insert that leaves what stands there alone."""
+    insert = sqlite_insert if dialect == "sqlite" else pg_insert
+    return insert(table).on_conflict_do_nothing()
 
 
 class State(StrEnum):
@@ -74,18 +105,20 @@ class Spent:
     currency: str | None = None
 
 
-def opened_in(link: Connection, accounts: Sequence[Account], now: datetime) -> tuple[Account, ...]:
-    """The accounts as they stand, locked until the transaction ends; leases that ran out are ended first."""
+def opened_in(link: Connection, accounts: Sequence[Account]) -> tuple[Account, ...]:
+    """The accounts as they stand, locked until the transaction ends.
+
+    Leases that ran out need not be ended first: what they hold counts as spent, so that no room comes of it.
+    """
     if not accounts:
         return ()
-    expire_in(link, now)
     names = [one.name for one in accounts]
-    rows = link.execute(_locked(names)).all()
+    rows = link.execute(_LOCKED, {"names": names}).all()
     if len(rows) < len(accounts):
         # A row that is not there cannot be held, and two calls could each think they are the first.
         new = [{"account": name, "held": 0, "spent": 0} for name in names]
-        link.execute(_insert(link)(BUDGET).values(new).on_conflict_do_nothing())
-        rows = link.execute(_locked(names)).all()
+        link.execute(_once(BUDGET, link.dialect.name), new)
+        rows = link.execute(_LOCKED, {"names": names}).all()
     return _filled(accounts, rows)
 
 
@@ -107,7 +140,7 @@ def reserve_in(link: Connection, hold: Hold, now: datetime, lease: timedelta = L
         "spent": 0,
         "expires_at": to_micros(now + lease),
     }
-    made = link.execute(_insert(link)(RESERVATION).values(**row).on_conflict_do_nothing())
+    made = link.execute(_once(RESERVATION, link.dialect.name), row)
     if made.rowcount != 1:
         return False
     _move(link, hold.accounts, held=hold.worst)
@@ -121,12 +154,12 @@ def resume_in(
 
     Somebody may settle and die before saying so. Returns the account that has no room, if there is one.
     """
-    row = link.execute(select(RESERVATION).where(_is(tenant, reservation)).with_for_update()).first()
+    row = link.execute(_RESERVED, {"of": tenant, "named": reservation}).first()
     if row is None or row.state != State.SETTLED:
         return None
     caps: dict[str, int] = json.loads(row.accounts)
     accounts = [Account(name=name, currency=row.currency, cap=cap) for name, cap in caps.items()]
-    for account in opened_in(link, accounts, now):
+    for account in opened_in(link, accounts):
         if account.left < row.worst - row.spent:
             return account
     _move(link, caps, held=row.worst, spent=-row.spent)
@@ -143,41 +176,48 @@ def refuse(account: Account, worst: int) -> BudgetExceeded:
     )
 
 
-def note_in(link: Connection, spent: Spent, now: datetime) -> bool:
-    """Record a try, once per id, and count it against its reservation, which stays as it is otherwise."""
+def pay_in(
+    link: Connection,
+    tenant: str,
+    reservation: str | None,
+    spent: Sequence[Spent],
+    now: datetime,
+    settle: bool,
+) -> None:
+    """Record tries, once per id, and count them; with `settle` what was held and not spent is given back.
+
+    A try that comes after the settlement was paid for all the same, and an expired reservation is set right.
+    """
+    new = [one for one in spent if _noted(link, one, now)]
+    if reservation is None:
+        return
+    row = link.execute(_RESERVED, {"of": tenant, "named": reservation}).first()
+    if row is None:
+        return
+    paid = sum(one.micros or 0 for one in new)
+    total = row.spent + paid
+    state = State.SETTLED if settle else State(row.state)
+    held, counted = _change(State(row.state), state, row.worst, row.spent, total)
+    if held or counted:
+        _move(link, json.loads(row.accounts), held=held, spent=counted)
+    if paid or state != row.state:
+        link.execute(_PAID, {"of": tenant, "named": reservation, "to": state, "paid": total})
+
+
+def _change(before: State, after: State, worst: int, spent: int, total: int) -> tuple[int, int]:
+    """What a payment does to the accounts: held, spent."""
+    match before:
+        case State.SETTLED:
+            return 0, total - spent
+        case State.HELD:
+            return (-worst, total) if after is State.SETTLED else (0, 0)
+        case State.EXPIRED:
+            return (0, total - worst) if after is State.SETTLED else (0, 0)
+
+
+def _noted(link: Connection, spent: Spent, now: datetime) -> bool:
     values = {name: getattr(spent, name) for name in Spent.__slots__} | {"called_at": to_micros(now)}
-    made = link.execute(_insert(link)(CALL).values(**values).on_conflict_do_nothing())
-    if made.rowcount != 1:
-        return False
-    if spent.reservation is not None and spent.micros:
-        link.execute(
-            update(RESERVATION)
-            .where(_is(spent.tenant, spent.reservation))
-            .values(spent=RESERVATION.c.spent + spent.micros)
-        )
-    return True
-
-
-def settle_in(link: Connection, tenant: str, reservation: str) -> None:
-    """Give back what was held and not spent; an expired reservation is set right."""
-    row = link.execute(select(RESERVATION).where(_is(tenant, reservation)).with_for_update()).first()
-    if row is None or row.state == State.SETTLED:
-        return
-    accounts = json.loads(row.accounts)
-    if row.state == State.HELD:
-        _move(link, accounts, held=-row.worst, spent=row.spent)
-    else:
-        _move(link, accounts, spent=row.spent - row.worst)
-    link.execute(update(RESERVATION).where(_is(tenant, reservation)).values(state=State.SETTLED))
-
-
-def late_in(link: Connection, spent: Spent) -> None:
-    """Count a try that was noted after its reservation had been settled: it was paid for all the same."""
-    if spent.reservation is None or not spent.micros:
-        return
-    row = link.execute(select(RESERVATION).where(_is(spent.tenant, spent.reservation))).first()
-    if row is not None and row.state == State.SETTLED:
-        _move(link, json.loads(row.accounts), spent=spent.micros)
+    return link.execute(_once(CALL, link.dialect.name), values).rowcount == 1
 
 
 def expire_in(link: Connection, now: datetime) -> int:
@@ -221,11 +261,7 @@ class Books:
         """Record what was spent and give the rest back."""
 
         def work(link: Connection) -> None:
-            now = self._clock()
-            for one in spent:
-                if note_in(link, one, now):
-                    late_in(link, one)
-            settle_in(link, tenant, reservation)
+            pay_in(link, tenant, reservation, spent, self._clock(), settle=True)
 
         await self._database.write(work)
 
@@ -242,7 +278,8 @@ class Books:
         known = link.execute(select(RESERVATION.c.id).where(_is(hold.tenant, hold.id))).first()
         if known is not None:
             return resume_in(link, hold.tenant, hold.id, now, self._lease)
-        for account in opened_in(link, accounts, now):
+        expire_in(link, now)
+        for account in opened_in(link, accounts):
             if account.left < hold.worst:
                 return account
         reserve_in(link, hold, now, self._lease)
@@ -251,13 +288,12 @@ class Books:
 
 def tried_in(link: Connection, tenant: str, reservation: str) -> tuple[str, ...]:
     """Ids of the tries on record for a reservation."""
-    query = select(CALL.c.id).where(CALL.c.reservation == reservation, CALL.c.tenant == tenant)
-    return tuple(link.execute(query).scalars())
+    return tuple(link.execute(_TRIED, {"of": tenant, "named": reservation}).scalars())
 
 
 def _standing(link: Connection, accounts: Sequence[Account]) -> tuple[Account, ...]:
     names = [one.name for one in accounts]
-    return _filled(accounts, link.execute(select(BUDGET).where(BUDGET.c.account.in_(names))).all())
+    return _filled(accounts, link.execute(_ACCOUNTS, {"names": names}).all())
 
 
 def _filled(accounts: Sequence[Account], rows: Sequence[Row[Any]]) -> tuple[Account, ...]:
@@ -270,23 +306,10 @@ def _filled(accounts: Sequence[Account], rows: Sequence[Row[Any]]) -> tuple[Acco
     )
 
 
-def _locked(names: Sequence[str]) -> Any:
-    # Always in one order, so that no two transactions wait for each other.
-    return select(BUDGET).where(BUDGET.c.account.in_(names)).order_by(BUDGET.c.account).with_for_update()
-
-
 def _move(link: Connection, accounts: Iterable[str], held: int = 0, spent: int = 0) -> None:
     for account in sorted(accounts):
-        link.execute(
-            update(BUDGET)
-            .where(BUDGET.c.account == account)
-            .values(held=BUDGET.c.held + held, spent=BUDGET.c.spent + spent)
-        )
+        link.execute(_MOVE, {"named": account, "more": held, "paid": spent})
 
 
 def _is(tenant: str, reservation: str) -> Any:
     return (RESERVATION.c.tenant == tenant) & (RESERVATION.c.id == reservation)
-
-
-def _insert(link: Connection) -> Any:
-    return sqlite_insert if link.dialect.name == "sqlite" else pg_insert

@@ -23,7 +23,7 @@ from sqlalchemy import Connection
 
 from activities.services.admission import Admission
 from activities.services.breaker import Breaker, Breakers, Pass, Sign, sign_of_error
-from activities.services.budget import Spent, late_in, note_in, refuse, resume_in, settle_in, tried_in
+from activities.services.budget import Spent, pay_in, refuse, resume_in, tried_in
 from activities.services.cache import Cache, Key, Scope, key_of, put_in
 from activities.services.content import put_blob
 from activities.services.database import Database
@@ -189,9 +189,8 @@ class _Try:
         return f"{self.grant.reservation}/{self.tier.name}/{number}"
 
     def _add(self, **more: Any) -> None:
-        name = uuid.uuid4().hex
-        if self.grant.reservation is not None:
-            name = f"{self._name(self.number)}/{len(self.spent)}"
+        paid = self.grant.reservation is not None
+        name = f"{self._name(self.number)}/{len(self.spent)}" if paid else uuid.uuid4().hex
         self.spent.append(self._spent(name, **more))
 
     def _spent(self, name: str, **more: Any) -> Spent:
@@ -241,7 +240,9 @@ class Till:
 
     async def settle(self, tenant: str, reservation: str) -> None:
         """Give back what a reservation holds beyond what was spent."""
-        await self._database.write(lambda link: settle_in(link, tenant, reservation))
+        await self._database.write(
+            lambda link: pay_in(link, tenant, reservation, (), self._clock(), settle=True)
+        )
 
     async def pay(self, tried: _Try, settle: bool) -> None:
         """Note what a call took that gave no new answer."""
@@ -252,11 +253,7 @@ class Till:
         reservation, spent = tried.grant.reservation, list(tried.spent)
         if reservation is not None and tried.number > 1:
             spent += tried.vanished(tried_in(link, tried.tenant, reservation))
-        for one in spent:
-            if note_in(link, one, self._clock()):
-                late_in(link, one)
-        if reservation is not None and settle:
-            settle_in(link, tried.tenant, reservation)
+        pay_in(link, tried.tenant, reservation, spent, self._clock(), settle)
 
 
 class Answerer:
@@ -446,8 +443,10 @@ class Answerer:
             if schemas is not None and judging:
                 schemas.abandoned()
             raise
-        if schemas is not None:
-            _judge(schemas, best_of(answers).usable, judging)
+        # The first answer may have told us which model this is, and that has a breaker of its own.
+        after = schemas if judging else self._schemas(tried)
+        if after is not None:
+            _judge(after, best_of(answers).usable, judging)
         return answers
 
     def _schemas(self, tried: _Try) -> Breaker | None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from activities.services.breaker import Breakers, Sign
-from activities.services.budget import Hold, opened_in, reserve_in, settle_in
+from activities.services.budget import Hold, expire_in, opened_in, pay_in, reserve_in
 from activities.services.cache import Cache, Scope, key_of
 from activities.services.content import JSON, ContentStore, get_blob, put_blob
 from activities.services.database import Database
@@ -48,12 +48,19 @@ from models.visibility import infer_queue
 CALL = table(ModelCall)
 SEEN = 200
 """Calls of a task that its measurements rest on."""
+SWEEP = timedelta(minutes=1)
+"""How often leases that ran out are ended."""
 ENOUGH = 20
 """Fewer answers say nothing of how many fail."""
 FRESH = timedelta(seconds=10)
 """How long measurements are believed."""
 FAULTS = frozenset({"TierUnavailable", "TimeoutError"})
 """Types of failure that speak of the tier."""
+
+
+_STANDING = select(EVENT.c.envelope).where(
+    EVENT.c.log_id == bindparam("log"), EVENT.c.event_id == bindparam("event")
+)
 
 
 class Sensing(Protocol):
@@ -166,6 +173,7 @@ class Routes:
         self._cache = cache
         self._policy = canonical(RoutePolicy.of(tiers).stored())
         self._digest = sha256(self._policy)
+        self._swept = datetime.min.replace(tzinfo=UTC)
         self._kept: set[str] = set()
         """Tenants whose content store holds the policy."""
 
@@ -189,6 +197,9 @@ class Routes:
             accounts=accounts_of(self._budgets, order.tenant, order.agent, now),
             now=now,
         )
+        if asked.accounts and now - self._swept >= SWEEP:
+            self._swept = now
+            await self._database.write(lambda link: expire_in(link, now))
         record = await self._database.write(lambda link: self._recorded(link, asked))
         self._kept.add(order.tenant)
         record.decision().raise_refusal()
@@ -204,7 +215,7 @@ class Routes:
         def work(link: Connection) -> None:
             add_in(link, fell.tenant, draft.model_copy(update={"body": body}), now)
             if fell.to is None and fell.reservation is not None:
-                settle_in(link, fell.tenant, fell.reservation)
+                pay_in(link, fell.tenant, fell.reservation, (), now, settle=True)
 
         await self._database.write(work)
 
@@ -252,7 +263,7 @@ class Routes:
         standing = _standing(link, order)
         if standing is not None:
             return standing
-        accounts = opened_in(link, asked.accounts, asked.now)
+        accounts = opened_in(link, asked.accounts)
         snapshot = Snapshot(tiers=dict(asked.known), accounts=accounts)
         decision = decide(asked.wish, tuple(self._tiers.values()), snapshot)
         record = self._record(asked, snapshot, decision)
@@ -309,8 +320,7 @@ class Routes:
 
 
 def _standing(link: Connection, order: RouteOrder) -> RouteRecord | None:
-    wanted = (EVENT.c.log_id == order.tenant) & (EVENT.c.event_id == order.event_id)
-    envelope = link.execute(select(EVENT.c.envelope).where(wanted)).scalar_one_or_none()
+    envelope = link.execute(_STANDING, {"log": order.tenant, "event": order.event_id}).scalar_one_or_none()
     return None if envelope is None else RouteRecord.model_validate(json.loads(envelope)["body"])
 
 
