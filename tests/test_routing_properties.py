@@ -14,7 +14,7 @@ from activities.services.ledger_store import EVENT, LedgerStore
 from activities.services.migrations import migrate
 from activities.services.routes import Routes, telemetry_of
 from models.budget import Account, Budget
-from models.errors import BudgetExceeded, DeadlineMissed, PolicyDenied
+from models.errors import BudgetExceeded, DeadlineMissed, PolicyDenied, UnknownName
 from models.inference import Call, DataClass, Message, Needs, Prompt, Task
 from models.orders import Fell, RouteOrder
 from models.routing import (
@@ -29,8 +29,10 @@ from models.routing import (
     replayed,
     worst,
 )
-from models.settings import TaskSettings, TierSettings
+from models.settings import Settings, TaskSettings, TierSettings
 from scripts.bench.constraints import Violations, hammer
+from scripts.commands.route import explained, read, show
+from scripts.commands.session import Session
 
 NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
 PRICES = {
@@ -390,3 +392,52 @@ async def test_the_last_fallback_settles_what_was_held(database):
     await made.fell(fell)
     rows = await database.read(lambda link: link.execute(select(RESERVATION.c.state)).scalars().all())
     assert rows == ["settled"]
+
+
+@pytest.fixture
+def session(database):
+    return Session(Settings(tenant="acme"), database)
+
+
+async def test_explain_shows_every_candidate_of_a_run_and_that_the_decision_can_be_made_again(
+    database, session, capsys
+):
+    made = routes(database, (tier("edge", context_tokens=64), STANDARD, LARGE))
+    await made.route(order())
+    with pytest.raises(PolicyDenied):
+        await made.route(order("two", region="mars"))
+    first, second = await explained(session, "run")
+    assert [one.replay for one in (first, second)] == ["the same decision"] * 2
+    assert second.record.refused_as == "PolicyDenied"
+    for one in (first, second):
+        show(one)
+    printed = capsys.readouterr().out
+    for words in ("standard", "tokens are more than its 64", "region unknown is not mars", "refused as"):
+        assert words in printed
+
+
+async def test_explain_finds_one_route_by_its_event_id_and_says_what_it_does_not_know(database, session):
+    await routes(database).route(order())
+    await routes(database).route(order("two"))
+    (found,) = await explained(session, "two")
+    assert found.event.event_id == "two"
+    assert json.loads(json.dumps(found.plain()))["route"]["tiers"] == ["edge", "standard"]
+    with pytest.raises(UnknownName, match="'three'"):
+        await explained(session, "three")
+
+
+async def test_a_snapshot_that_was_changed_is_noticed_before_it_is_replayed(database, session):
+    await routes(database).route(order())
+    (found,) = await explained(session, "one")
+    body = found.event.body | {"snapshot": {"tiers": {"edge": {"held": True}}}}
+    forged = found.event.model_copy(update={"body": body})
+    assert "does not hash" in (await read(session, forged, ())).replay
+
+
+async def test_a_route_of_an_older_version_is_shown_and_not_replayed(database, session):
+    await routes(database).route(order())
+    (found,) = await explained(session, "one")
+    old = {name: found.event.body[name] for name in ("route", "needs")}
+    shown = await read(session, found.event.model_copy(update={"body": old}), ())
+    assert "older version" in shown.replay
+    assert shown.record.route == found.record.route

@@ -65,7 +65,7 @@ async def _explain(wanted: str, as_json: bool) -> None:
         said([one.plain() for one in found])
         return
     for one in found:
-        _show(one)
+        show(one)
 
 
 async def explained(session: Session, wanted: str) -> tuple[Explained, ...]:
@@ -80,7 +80,7 @@ async def explained(session: Session, wanted: str) -> tuple[Explained, ...]:
     if not routes:
         raise UnknownName(f"route: {wanted!r} has none on record; name a run, or a route's event id")
     falls = [event.body for event in events if event.type is EventType.FALLBACK]
-    return tuple([await _read(session, event, falls) for event in routes])
+    return tuple([await read(session, event, falls) for event in routes])
 
 
 async def _run_of(session: Session, event_id: str) -> str:
@@ -89,7 +89,12 @@ async def _run_of(session: Session, event_id: str) -> str:
     return await session.database.read(lambda link: link.execute(query).scalar_one_or_none()) or ""
 
 
-async def _read(session: Session, event: Event, falls: Sequence[dict[str, Any]]) -> Explained:
+async def read(session: Session, event: Event, falls: Sequence[dict[str, Any]]) -> Explained:
+    """One event as a route, made again with the policy it names.
+
+    Raises:
+        InvalidInput: it holds what this version does not know.
+    """
     try:
         record = RouteRecord.model_validate(event.body)
     except ValidationError as error:
@@ -115,7 +120,8 @@ async def _replay(session: Session, record: RouteRecord) -> str:
     return "the same decision" if same else "another decision: the rule has changed since"
 
 
-def _show(one: Explained) -> None:
+def show(one: Explained) -> None:
+    """One route for a person."""
     out, record = console(), one.record
     needs = record.needs
     out.print(f"{record.route.purpose}  {one.event.correlation_id}  {one.event.event_id}", style="bold")
