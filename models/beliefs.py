@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, Field, StringConstraints
 
-from models.canonical import canonical
+from models.canonical import canonical, derived_id
 from models.errors import InvalidInput
 from models.loop import Evidence, Frozen, Name
 from models.memory import Line
@@ -164,8 +164,13 @@ class Delta(Frozen):
 
 
 def owner_id(tenant: str, subject: str) -> str:
-    """The workflow id of a subject's owner, and the name of its lease; there can be only one."""
+    """The workflow id of a subject's owner; there can be only one."""
     return f"belief/{tenant}/{subject}"
+
+
+def owner_lease(tenant: str, subject: str) -> str:
+    """The lease of a subject's owner; a subject may be a person, so it is not spelled."""
+    return f"belief/{derived_id('owner', tenant, subject)}"
 
 
 def apply(belief: Belief, change: Change) -> Belief:

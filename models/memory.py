@@ -197,6 +197,20 @@ class Keeping(Frozen):
     reason: str = ""
 
 
+class Erased(Frozen):
+    """The receipt of an erasure: what was removed, and that nothing is left where it was looked for."""
+
+    subject_id: str
+    """Derived from tenant and subject, so that whoever knows both can find the event."""
+    event_id: str
+    """The ledger event that says so."""
+    removed: dict[str, int]
+    left: dict[str, int]
+    """Per store what a second look still found; the receipt is only issued when all are 0."""
+    shared: int = 0
+    """Texts that stay because records of other subjects have them too."""
+
+
 class Search(StrEnum):
     """How records are looked for."""
 

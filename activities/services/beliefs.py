@@ -30,7 +30,7 @@ from models.beliefs import (
     Settled,
     apply,
     difference,
-    owner_id,
+    owner_lease,
     read_evidence,
     stale_fields,
 )
@@ -106,7 +106,7 @@ class Beliefs:
 
     async def own(self, owning: Owning) -> int:
         """Become the owner of a subject; the epoch fences off the run that was it before."""
-        now, name = self._clock(), owner_id(owning.tenant, owning.subject)
+        now, name = self._clock(), owner_lease(owning.tenant, owning.subject)
         return await self._database.write(lambda link: seize_in(link, name, owning.holder, now))
 
     async def deliver(self, delivery: Delivery) -> Delivered:
@@ -163,7 +163,7 @@ def change_in(
 
 
 def _deliver(connection: Connection, delivery: Delivery, now: datetime) -> Delivered:
-    check_in(connection, owner_id(delivery.tenant, delivery.subject), delivery.epoch)
+    check_in(connection, owner_lease(delivery.tenant, delivery.subject), delivery.epoch)
     return Delivered(handled=tuple(_handle(connection, delivery, mail, now) for mail in delivery.mails))
 
 
@@ -281,7 +281,8 @@ def belief_stream(tenant: str, agent: str, subject: str) -> str:
 def _event(made: Belief, event: str, digest: Any) -> Draft:
     stream = belief_stream(made.tenant, made.agent, made.subject)
     return Draft(
-        event_id=derived_id("event", made.tenant, stream, EventType.BELIEF, made.version),
+        # After an erasure versions begin anew; the event that changes it does not.
+        event_id=derived_id("event", made.tenant, stream, EventType.BELIEF, made.version, event),
         stream=stream,
         type=EventType.BELIEF,
         actor_kind="agent",

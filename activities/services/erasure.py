@@ -1,0 +1,218 @@
+"""Erasing a subject: records, words, vectors, beliefs, cache and texts, then a second look, then a receipt.
+
+The receipt is a ledger event and is issued only when the second look found nothing; until then erasing again
+goes on where it stopped. What the ledger itself holds are references and derived ids, which stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Protocol
+
+from sqlalchemy import Connection, delete, func, or_, select, update
+
+from activities.services import keeping
+from activities.services.beliefs import HEAD, SNAPSHOT
+from activities.services.content import BLOB
+from activities.services.database import Database
+from activities.services.keeping import GIVEN, SUPPORT
+from activities.services.ledger_store import add_in
+from activities.services.short_term import ShortTerm
+from activities.services.vectors import EMBEDDING, MEMORY
+from activities.services.words import compact_words
+from models.canonical import derived_id
+from models.errors import MemoryUnavailable, UnknownName
+from models.ledger import Draft, EventType
+from models.memory import Erased
+from models.tables import MergeProposal, table
+
+MERGE = table(MergeProposal)
+PART = 500
+
+
+class Index(Protocol):
+    """A vector index outside SQL."""
+
+    async def delete(self, tenant: str, model: str, record_ids: Sequence[str]) -> None:
+        """Remove records.
+
+        Raises:
+            MemoryUnavailable: it is away, or did not remove all of them.
+        """
+        ...
+
+    async def held(self, tenant: str, model: str, record_ids: Sequence[str]) -> int:
+        """How many of these it still holds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What there is about a subject."""
+
+    ids: tuple[str, ...]
+    digests: tuple[str, ...]
+    models: tuple[str, ...]
+    beliefs: int
+
+
+class Erasure:
+    """Erases subjects everywhere this process can reach."""
+
+    def __init__(
+        self,
+        database: Database,
+        clock: Callable[[], datetime],
+        index: Index | None = None,
+        cache: ShortTerm | None = None,
+    ) -> None:
+        """Take what else than SQL holds copies."""
+        self._database = database
+        self._clock = clock
+        self._index = index
+        self._cache = cache
+
+    async def forget(self, tenant: str, subject: str, by: str) -> Erased:
+        """Erase a subject; `by` is who asked for it.
+
+        Raises:
+            UnknownName: nothing is known about it.
+            MemoryUnavailable: an index is away or something was left; nothing is lost by trying again.
+        """
+        if not subject:
+            raise UnknownName("subject: give the subject that is to be forgotten")
+        found = await self._database.read(lambda link: _find(link, tenant, subject))
+        if not found.ids and not found.beliefs:
+            raise UnknownName(
+                f"subject: nothing is known about {subject!r}; `countersign memory stats` counts"
+            )
+        for model in found.models if self._index else ():
+            await self._index_of().delete(tenant, model, found.ids)
+        shared = await self._database.write(lambda link: _erase(link, tenant, subject, found, self._clock()))
+        dropped = self._cache.drop(tenant, subject) if self._cache else 0
+        await asyncio.to_thread(self._scrub)
+        left = await self._left(tenant, subject, found, shared)
+        if any(left.values()):
+            raise MemoryUnavailable(f"erasure: something is left ({left}); erase again")
+        removed = {
+            "records": len(found.ids),
+            "beliefs": found.beliefs,
+            "texts": len(found.digests) - len(shared),
+            "cached": dropped,
+        }
+        return await self._receipt(tenant, subject, by, removed, left, len(shared))
+
+    async def _left(self, tenant: str, subject: str, found: _Found, shared: frozenset[str]) -> dict[str, int]:
+        left = await self._database.read(lambda link: _look(link, tenant, subject, found, shared))
+        if self._cache is not None:
+            left["cache"] = self._cache.holds(tenant, subject)
+        for model in found.models if self._index else ():
+            held = await self._index_of().held(tenant, model, found.ids)
+            left["index"] = left.get("index", 0) + held
+        return left
+
+    async def _receipt(
+        self, tenant: str, subject: str, by: str, removed: dict[str, int], left: dict[str, int], shared: int
+    ) -> Erased:
+        now, subject_id = self._clock(), derived_id("subject", tenant, subject)
+        stream = f"erasure/{subject_id}"
+        draft = Draft(
+            event_id=derived_id("event", tenant, stream, EventType.ERASURE, now.isoformat()),
+            stream=stream,
+            type=EventType.ERASURE,
+            actor_kind="person",
+            actor_ref=by,
+            correlation_id=stream,
+            body={"subject": subject_id, "removed": removed, "left": left, "shared": shared},
+        )
+        await self._database.write(lambda link: add_in(link, tenant, draft, now))
+        return Erased(
+            subject_id=subject_id, event_id=draft.event_id, removed=removed, left=left, shared=shared
+        )
+
+    def _index_of(self) -> Index:
+        assert self._index is not None
+        return self._index
+
+    def _scrub(self) -> None:
+        """Rewrite the file, so that deleted bytes stand neither in free pages nor in the write-ahead log."""
+        if self._database.engine.dialect.name != "sqlite":
+            return
+        raw = self._database.engine.raw_connection()
+        try:
+            cursor = raw.cursor()
+            for statement in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                cursor.execute(statement)
+                cursor.fetchall()
+            cursor.close()
+        finally:
+            raw.close()
+
+
+def _find(connection: Connection, tenant: str, subject: str) -> _Found:
+    # Rows that an earlier attempt emptied are known by the derived name, so that trying again ends it.
+    names = (subject, derived_id("subject", tenant, subject))
+    mine = (MEMORY.c.tenant == tenant, MEMORY.c.subject.in_(names))
+    rows = connection.execute(select(MEMORY.c.record_id, MEMORY.c.text_digest).where(*mine)).all()
+    ids = tuple(row.record_id for row in rows)
+    models = connection.execute(select(EMBEDDING.c.model).where(EMBEDDING.c.tenant == tenant).distinct())
+    beliefs = select(func.count()).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)
+    return _Found(
+        ids=ids,
+        digests=tuple(sorted({row.text_digest for row in rows if row.text_digest})),
+        models=tuple(models.scalars()),
+        beliefs=int(connection.execute(beliefs).scalar_one()),
+    )
+
+
+def _erase(connection: Connection, tenant: str, subject: str, found: _Found, now: datetime) -> frozenset[str]:
+    """Remove it all in one transaction; the texts that must stay for others."""
+    for record_id in found.ids:
+        keeping.forget(connection, tenant, record_id, now)
+    for ids in _parts(found.ids):
+        emptied = update(MEMORY).where(MEMORY.c.tenant == tenant, MEMORY.c.record_id.in_(ids))
+        connection.execute(emptied.values(subject=derived_id("subject", tenant, subject)))
+        connection.execute(delete(SUPPORT).where(SUPPORT.c.tenant == tenant, SUPPORT.c.record_id.in_(ids)))
+        either = or_(MERGE.c.first.in_(ids), MERGE.c.second.in_(ids))
+        connection.execute(delete(MERGE).where(MERGE.c.tenant == tenant, either))
+    for of in (SNAPSHOT, HEAD):
+        connection.execute(delete(of).where(of.c.tenant == tenant, of.c.subject == subject))
+    shared = frozenset(one for part in _parts(found.digests) for one in _still_used(connection, tenant, part))
+    for part in _parts([digest for digest in found.digests if digest not in shared]):
+        connection.execute(delete(BLOB).where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)))
+        connection.execute(delete(GIVEN).where(GIVEN.c.tenant == tenant, GIVEN.c.digest.in_(part)))
+    compact_words(connection)
+    return shared
+
+
+def _still_used(connection: Connection, tenant: str, digests: Sequence[str]) -> Sequence[str]:
+    used = select(MEMORY.c.text_digest).where(MEMORY.c.tenant == tenant, MEMORY.c.text_digest.in_(digests))
+    return connection.execute(used.distinct()).scalars().all()
+
+
+def _look(
+    connection: Connection, tenant: str, subject: str, found: _Found, shared: frozenset[str]
+) -> dict[str, int]:
+    """Count what is left, store by store."""
+    gone = [digest for digest in found.digests if digest not in shared]
+    full = (EMBEDDING.c.tenant == tenant, func.length(EMBEDDING.c.vector) > 0)
+    questions: dict[str, Any] = {
+        "memory": [(MEMORY.c.tenant == tenant, MEMORY.c.subject == subject)],
+        "vectors": [(*full, EMBEDDING.c.record_id.in_(ids)) for ids in _parts(found.ids)],
+        "beliefs": [(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)],
+        "texts": [(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)) for part in _parts(gone)],
+    }
+    return {
+        name: sum(
+            int(connection.execute(select(func.count()).where(*conditions)).scalar_one())
+            for conditions in each
+        )
+        for name, each in questions.items()
+    }
+
+
+def _parts(values: Sequence[str]) -> list[Sequence[str]]:
+    return [values[start : start + PART] for start in range(0, len(values), PART)]

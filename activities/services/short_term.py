@@ -1,0 +1,120 @@
+"""Short-lived derived answers, keyed by the belief version they rest on, so that none can be stale.
+
+Held in this process only: bounded, with a time to live, computed once however many ask at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What an answer is about, and on which version it rests."""
+
+    tenant: str
+    subject: str
+    version: int
+    question: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """How often the cache had the answer."""
+
+    hits: int
+    misses: int
+    warmed: int
+
+    @property
+    def permille(self) -> int | None:
+        """Hits in a thousand; `None` before anybody asked."""
+        asked = self.hits + self.misses
+        return None if asked == 0 else 1000 * self.hits // asked
+
+
+@dataclass(slots=True)
+class _Entry:
+    answer: asyncio.Future[Any]
+    until: datetime
+
+
+class ShortTerm:
+    """Answers by key; used from one event loop."""
+
+    def __init__(self, capacity: int, lasting: timedelta, clock: Callable[[], datetime]) -> None:
+        """Keep at most `capacity` answers, each for `lasting`."""
+        self._capacity = capacity
+        self._lasting = lasting
+        self._clock = clock
+        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
+        self._hits = self._misses = self._warmed = 0
+
+    @property
+    def rate(self) -> Rate:
+        """How often it had the answer; pre-warming does not count as asking."""
+        return Rate(self._hits, self._misses, self._warmed)
+
+    def __len__(self) -> int:
+        """How many answers there are, over-aged ones included."""
+        return len(self._entries)
+
+    async def get(self, key: Key, make: Callable[[], Awaitable[Any]]) -> Any:
+        """The answer, made if there is none; a failure is not kept."""
+        entry = self._alive(key)
+        if entry is not None:
+            self._hits += 1
+            return await asyncio.shield(entry.answer)
+        self._misses += 1
+        return await self._make(key, make)
+
+    async def warm(self, wanted: Iterable[tuple[Key, Callable[[], Awaitable[Any]]]]) -> int:
+        """Make answers before anybody asks; how many were missing."""
+        made = 0
+        for key, make in wanted:
+            if self._alive(key) is None:
+                await self._make(key, make)
+                made += 1
+        self._warmed += made
+        return made
+
+    def drop(self, tenant: str, subject: str) -> int:
+        """Forget everything about a subject; how many answers that was."""
+        gone = [key for key in self._entries if (key.tenant, key.subject) == (tenant, subject)]
+        for key in gone:
+            del self._entries[key]
+        return len(gone)
+
+    def holds(self, tenant: str, subject: str) -> int:
+        """How many answers there are about a subject."""
+        return sum((key.tenant, key.subject) == (tenant, subject) for key in self._entries)
+
+    def _alive(self, key: Key) -> _Entry | None:
+        entry = self._entries.get(key)
+        if entry is None or entry.until <= self._clock():
+            self._entries.pop(key, None)
+            return None
+        self._entries.move_to_end(key)
+        return entry
+
+    async def _make(self, key: Key, make: Callable[[], Awaitable[Any]]) -> Any:
+        entry = _Entry(asyncio.get_running_loop().create_future(), self._clock() + self._lasting)
+        self._entries[key] = entry
+        if len(self._entries) > self._capacity:
+            self._entries.popitem(last=False)
+        try:
+            answer = await make()
+        except BaseException as error:
+            if self._entries.get(key) is entry:
+                del self._entries[key]
+            entry.answer.set_exception(error)
+            # Whoever waited for it gets the error too; if nobody did, that is no fault of theirs.
+            entry.answer.exception()
+            raise
+        entry.answer.set_result(answer)
+        return answer

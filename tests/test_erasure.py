@@ -1,0 +1,187 @@
+"""Erasure: nothing of a subject is left in any store or file, and the ledger says so and still holds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from activities.services.beliefs import Beliefs
+from activities.services.content import ContentStore
+from activities.services.database import Database
+from activities.services.erasure import Erasure
+from activities.services.keeping import take
+from activities.services.ledger_store import LedgerStore
+from activities.services.memory_store import MemoryStore
+from activities.services.migrations import migrate
+from activities.services.short_term import Key, ShortTerm
+from activities.services.vectors import ExactVectors
+from models.beliefs import Change
+from models.errors import MemoryUnavailable, UnknownName
+from models.memory import Cause, Kept, Memo, Recall, Search
+
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
+ANN, BOB = "ann@example.test", "bob@example.test"
+SECRETS = ("Zanzibar", "quetzal", ANN)
+
+
+class Hashed:
+    model = "hashed"
+
+    async def embed(self, texts):
+        seeds = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]
+        vectors = [np.random.default_rng(seed).standard_normal(8) for seed in seeds]
+        return [(vector / np.linalg.norm(vector)).tolist() for vector in vectors]
+
+
+class Index:
+    """An index outside SQL that can be away, or keep things back."""
+
+    def __init__(self) -> None:
+        self.there, self.away, self.stubborn = set[str](), False, False
+
+    async def delete(self, tenant, model, record_ids) -> None:
+        if self.away:
+            raise MemoryUnavailable("away")
+        if not self.stubborn:
+            self.there -= set(record_ids)
+
+    async def held(self, tenant, model, record_ids) -> int:
+        return len(self.there & set(record_ids))
+
+
+class Place:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        url = f"sqlite:///{folder / 'memory.db'}"
+        migrate(url)
+        self.database = Database(url)
+        self.content = ContentStore(self.database)
+        vectors = ExactVectors(self.database, 8)
+        self.store = MemoryStore(self.database, self.content, Hashed(), vectors, lambda: NOW)
+        self.beliefs = Beliefs(self.database, lambda: NOW)
+        self.cache = ShortTerm(10, timedelta(hours=1), lambda: NOW)
+        self.index = Index()
+        self.erasure = Erasure(self.database, lambda: NOW, self.index, self.cache)
+
+    async def memo(self, name: str, subject: str, text: str) -> Memo:
+        ref = await self.content.put("default", text.encode())
+        return Memo(
+            record_id=name,
+            tenant="default",
+            kind="preference",
+            title=f"About {subject}",
+            text=ref,
+            source=f"event-{name}",
+            subject=subject,
+            why=f"because of {subject}",
+        )
+
+    async def fill(self) -> None:
+        for name, subject, text in (
+            ("a1", ANN, "moves to Zanzibar soon"),
+            ("a2", ANN, "owns a quetzal"),
+            ("b1", BOB, "likes tea"),
+        ):
+            await self.store.keep(await self.memo(name, subject, text), NOW)
+            self.index.there.add(name)
+            change = Change(
+                tenant="default", agent="support", subject=subject, event=name, sets={"said": text}
+            )
+            await self.beliefs.change(change)
+        while await self.store.index_pending():
+            pass
+
+        async def answer() -> str:
+            return "Zanzibar"
+
+        await self.cache.get(Key("default", ANN, 1, "where"), answer)
+        await self.ask("tea", run="run-1")
+
+    async def ask(self, words: str, **more) -> list[str]:
+        query = await self.content.put("default", words.encode())
+        asked = Recall(tenant="default", query=query, by=Search.HYBRID, limit=50, **more)
+        return [hit.record_id for hit in (await self.store.recall(asked)).hits]
+
+    def in_files(self, secret: str) -> list[str]:
+        """Files of the database, write-ahead log included, in which a text stands in clear."""
+        needle = secret.lower().encode()
+        return [path.name for path in self.folder.iterdir() if needle in path.read_bytes().lower()]
+
+
+@pytest.fixture
+async def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    await made.fill()
+    yield made
+    made.database.close()
+
+
+async def test_nothing_of_an_erased_subject_is_left_in_any_store_or_file(place):
+    assert set(await place.ask("tea")) == {"a1", "a2", "b1"}
+    assert all(place.in_files(secret) for secret in SECRETS)
+    receipt = await place.erasure.forget("default", ANN, by="dpo@example.test")
+    assert receipt.removed == {"records": 2, "beliefs": 2, "texts": 2, "cached": 1}
+    assert set(receipt.left.values()) == {0} and set(receipt.left) >= {"memory", "index", "cache", "texts"}
+    assert await place.ask("tea") == ["b1"]
+    assert (await place.beliefs.now("default", "support", ANN)).version == 0
+    assert (await place.beliefs.now("default", "support", BOB)).version == 1
+    assert [secret for secret in SECRETS if place.in_files(secret)] == []
+
+
+async def test_the_receipt_stands_in_the_ledger_without_spelling_the_subject(place):
+    receipt = await place.erasure.forget("default", ANN, by="dpo@example.test")
+    events = await LedgerStore(place.database, lambda: NOW).tail("default", 100)
+    assert events[-1].event_id == receipt.event_id and events[-1].actor_ref == "dpo@example.test"
+    assert events[-1].body["subject"] == receipt.subject_id
+    assert all(ANN not in event.model_dump_json() for event in events)
+
+
+async def test_a_late_retry_does_not_bring_an_erased_record_back(place):
+    memo = await place.memo("a1", ANN, "moves to Zanzibar soon")
+    await place.erasure.forget("default", ANN, by="dpo")
+    again = await place.content.put("default", b"moves to Zanzibar soon")
+    assert again == memo.text
+    kept = await place.database.write(lambda link: take(link, memo, NOW, Cause()))
+    assert kept.what is Kept.KNOWN
+    assert await place.ask("tea") == ["b1"]
+
+
+async def test_an_index_that_is_away_stops_the_erasure_and_trying_again_finishes_it(place):
+    place.index.away = True
+    with pytest.raises(MemoryUnavailable, match="away"):
+        await place.erasure.forget("default", ANN, by="dpo")
+    assert "a1" in await place.ask("tea")
+    place.index.away, place.index.stubborn = False, True
+    with pytest.raises(MemoryUnavailable, match="left"):
+        await place.erasure.forget("default", ANN, by="dpo")
+    types = [event.type for event in await LedgerStore(place.database, lambda: NOW).tail("default", 100)]
+    assert "erasure" not in types
+    place.index.stubborn = False
+    receipt = await place.erasure.forget("default", ANN, by="dpo")
+    assert (receipt.removed["records"], receipt.left["index"]) == (2, 0)
+
+
+async def test_a_text_that_another_subject_has_too_stays_for_that_one(place):
+    await place.store.keep(await place.memo("a3", ANN, "likes tea"), NOW)
+    receipt = await place.erasure.forget("default", ANN, by="dpo")
+    assert receipt.shared == 1
+    assert await place.ask("tea") == ["b1"]
+
+
+async def test_what_nobody_knows_about_cannot_be_erased(place):
+    for subject in ("nobody", "", "ann"):
+        with pytest.raises(UnknownName, match="subject"):
+            await place.erasure.forget("default", subject, by="dpo")
+
+
+async def test_a_subject_can_be_believed_in_again_after_it_was_erased(place):
+    await place.erasure.forget("default", ANN, by="dpo")
+    change = Change(tenant="default", agent="support", subject=ANN, event="new", sets={"said": "hello"})
+    assert (await place.beliefs.change(change)).belief.version == 1
+    events = await LedgerStore(place.database, lambda: NOW).tail("default", 100)
+    assert sum(event.type == "belief" for event in events) == 4
