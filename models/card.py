@@ -90,6 +90,8 @@ def _head(intent: Intent) -> list[str]:
         ("open until", f"{_time(intent.expires_at)} at the latest"),
         ("estimated cost", cost_text(proposal.estimated)),
     ]
+    if intent.requester is not None:
+        rows.append(("asked for by", f"`{_inline(intent.requester)}`"))
     if proposal.not_before is not None:
         rows.append(("not before", _time(proposal.not_before)))
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
@@ -128,7 +130,10 @@ def _plan_line(plan: Plan) -> str:
 
 
 def _gate(intent: Intent) -> list[str]:
-    rule = intent.gate
+    rule, use = intent.gate, intent.use
+    if use is not None:
+        left = f"use {use.number} of {use.grant.max_uses}, good until {_time(use.grant.valid_until)}"
+        return [f"Passes without a person under the grant `{use.grant.name}` ({left})."]
     if rule.automatic:
         return ["Policy lets this pass without a person unless it is beyond recall."]
     roles = f", with the roles {', '.join(rule.roles)}" if rule.roles else ""

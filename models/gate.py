@@ -7,6 +7,7 @@ counts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated, Any, cast
@@ -15,7 +16,8 @@ from pydantic import AwareDatetime, Field, StringConstraints, ValidationError
 
 from models.canonical import Digest, sha256
 from models.ledger import Entry, EventType
-from models.loop import Assurance, Frozen, GateRule, Intent, Name, Ref, Reversibility
+from models.loop import Assurance, Frozen, GateRule, Intent, Name, Ref
+from models.policy import counts, passes_alone, risk
 
 
 class Kind(StrEnum):
@@ -42,6 +44,8 @@ class Answer(Frozen):
     """For revise: the feedback the agent gets."""
     to: Person | None = None
     """For delegate: who should answer instead."""
+    until: AwareDatetime | None = None
+    """For delegate: when that ends, and whoever it was handed to may not answer any more."""
     role: Name | None = None
     nonce: str | None = Field(default=None, pattern=r"^[0-9a-f]{16,64}$")
     issued_at: AwareDatetime | None = None
@@ -76,6 +80,7 @@ class Verdict(Frozen):
     assurance: Assurance = Assurance.CLAIMED
     comment: Ref | None = None
     to: str | None = None
+    until: AwareDatetime | None = None
     role: Name | None = None
     key: str | None = None
     nonce: str | None = None
@@ -167,24 +172,22 @@ def judge(
         )
     if now > closes_at:
         return refuse("digest", f"the intent expired at {closes_at.isoformat()}; start the request again")
-    if (fault := _unfit(kind, answer, intent.gate, identity)) is not None:
+    fault = _unfit(kind, answer, intent.gate, identity) or _partial(kind, answer, intent, now)
+    if fault is not None:
         return refuse(*fault)
     verdicts = tuple(counted)
     if standing(intent, verdicts) is not Standing.WAITING:
         return refuse("digest", "a verdict on it has already counted; nothing more is needed")
-    holder = assignee(verdicts)
-    if holder is not None and not same_person(answer.approver, holder):
-        return refuse("approver", f"this was delegated to {holder}; only they can answer")
-    if kind is Kind.APPROVE and any(
-        v.kind is Kind.APPROVE and same_person(v.approver, answer.approver) for v in verdicts
-    ):
-        return refuse("approver", "this person has approved already; a different one is needed")
+    fault = _not_theirs(kind, answer, intent.gate, verdicts, now) or _repeated(kind, answer, verdicts)
+    if fault is not None:
+        return refuse(*fault)
     return Verdict(
         kind=kind,
         digest=digest,
         approver=answer.approver,
         assurance=identity.assurance,
         to=answer.to,
+        until=answer.until,
         role=answer.role,
         key=identity.key,
         **_signed_parts(answer, identity),
@@ -201,6 +204,52 @@ def _unfit(kind: Kind, answer: Answer, rule: GateRule, identity: Identity) -> tu
         return "signature", f"policy wants a {rule.assurance} answer; use --sign KEY"
     if rule.roles and kind is Kind.APPROVE and answer.role not in rule.roles:
         return "role", f"answer with one of the roles {', '.join(rule.roles)}"
+    return None
+
+
+def _partial(kind: Kind, answer: Answer, intent: Intent, now: datetime) -> tuple[str, str] | None:
+    """Field and remedy when who wants it would also be who lets it happen."""
+    if kind is Kind.APPROVE and _wants_it(intent, answer.approver):
+        return "approver", "whoever asked for it cannot approve it; somebody else has to"
+    if kind is not Kind.DELEGATE:
+        return None
+    if _wants_it(intent, answer.approver):
+        return "approver", "whoever asked for it cannot choose who answers; somebody else has to"
+    if answer.to is not None and _wants_it(intent, answer.to):
+        return "to", "they asked for it and cannot approve it; name somebody else"
+    if answer.until is not None and answer.until <= now:
+        return "until", "that time is past already; name a later one"
+    return None
+
+
+def _wants_it(intent: Intent, name: str) -> bool:
+    if same_person(name, intent.proposer):
+        return True
+    asked = intent.requester is not None and same_person(name, intent.requester)
+    return asked and not intent.gate.self_approval
+
+
+def _not_theirs(
+    kind: Kind, answer: Answer, rule: GateRule, verdicts: Sequence[Verdict], now: datetime
+) -> tuple[str, str] | None:
+    """Field and remedy when the question is in somebody else's hands."""
+    if kind is Kind.REJECT and answer.role is not None and answer.role in rule.veto_roles:
+        return None
+    hands = _hands(verdicts, now)
+    if hands.holder is not None and not same_person(answer.approver, hands.holder):
+        return "approver", f"this was delegated to {hands.holder}; only they can answer"
+    if (ended := hands.ended.get(answer.approver.casefold())) is not None:
+        return "approver", f"the delegation to you ended at {ended.isoformat()}; ask for a new one"
+    return None
+
+
+def _repeated(kind: Kind, answer: Answer, verdicts: Sequence[Verdict]) -> tuple[str, str] | None:
+    """Field and remedy when it was said before."""
+    if answer.nonce is not None and any(verdict.nonce == answer.nonce for verdict in verdicts):
+        return "nonce", "this very answer has counted already; sign a new one"
+    approved = (v for v in verdicts if v.kind is Kind.APPROVE)
+    if kind is Kind.APPROVE and any(same_person(v.approver, answer.approver) for v in approved):
+        return "approver", "this person has approved already; a different one is needed"
     return None
 
 
@@ -230,7 +279,9 @@ def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
             return Standing.REJECTED
         if verdict.kind is Kind.REVISE:
             return Standing.REVISED
-        if verdict.kind is Kind.APPROVE and _sure_enough(verdict, intent.gate):
+        if verdict.kind is not Kind.APPROVE or _wants_it(intent, verdict.approver):
+            continue
+        if _sure_enough(verdict, intent.gate):
             approvals[verdict.approver.casefold()] = verdict.role
             if _sufficient(intent.gate, approvals):
                 return Standing.PASSED
@@ -238,20 +289,39 @@ def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
 
 
 def is_automatic(intent: Intent) -> bool:
-    """No person is needed: policy says so, and nothing in it is beyond recall."""
-    harmless = (Reversibility.READ_ONLY, Reversibility.REVERSIBLE)
-    return intent.gate.automatic and all(plan.reversibility in harmless for plan in intent.plans)
+    """No person is needed: the gate's own limits say so, or a narrow grant that was bound into it."""
+    use = intent.use
+    granted = use is not None and counts(use, intent.plans, intent.created_at)
+    return granted or passes_alone(intent.gate, intent.plans)
 
 
-def assignee(verdicts: Iterable[Verdict]) -> str | None:
-    """The person it was last delegated to, until they have approved; others may be needed after that."""
-    holder = None
+@dataclass(frozen=True, slots=True)
+class _Hands:
+    """In whose hands the question is, and whose delegation has ended when."""
+
+    holder: str | None
+    ended: dict[str, datetime]
+
+
+def _hands(verdicts: Iterable[Verdict], now: datetime | None) -> _Hands:
+    holder, ended = None, dict[str, datetime]()
     for verdict in verdicts:
-        if verdict.kind is Kind.DELEGATE:
-            holder = verdict.to
+        if verdict.kind is Kind.DELEGATE and verdict.to is not None:
+            if now is not None and verdict.until is not None and verdict.until < now:
+                # Whose hands it was in before does not get it back by itself; anybody may answer again.
+                holder = None
+                ended[verdict.to.casefold()] = verdict.until
+            else:
+                holder = verdict.to
+                ended.pop(holder.casefold(), None)
         elif holder is not None and same_person(verdict.approver, holder):
             holder = None
-    return holder
+    return _Hands(holder, ended)
+
+
+def assignee(verdicts: Iterable[Verdict], now: datetime | None = None) -> str | None:
+    """The person it was last delegated to, until they have approved or their time is up."""
+    return _hands(verdicts, now).holder
 
 
 def same_person(one: str, other: str) -> bool:
@@ -263,7 +333,8 @@ def closes_at(intent: Intent, delivered_at: datetime | None) -> datetime:
     """Expiry runs from the first delivery; the absolute limit always runs."""
     if delivered_at is None:
         return intent.expires_at
-    return min(intent.expires_at, delivered_at + timedelta(seconds=intent.gate.expire_seconds))
+    seconds = intent.gate.expire_by_class.get(risk(intent.plans), intent.gate.expire_seconds)
+    return min(intent.expires_at, delivered_at + timedelta(seconds=seconds))
 
 
 def counted_verdicts(entries: Iterable[Entry], digest: str) -> tuple[Verdict, ...]:
@@ -301,6 +372,8 @@ def may_act(
         return "the intent expired, drifted or is being taken back"
     if intent.proposal.not_before is not None and now < intent.proposal.not_before:
         return f"it may not happen before {intent.proposal.not_before.isoformat()}"
+    if (outrun := _outrun(entries, digest)) is not None:
+        return outrun
     verdicts = counted_verdicts(entries, digest)
     doubts = [why for verdict in verdicts if verdict.kind is Kind.APPROVE and (why := doubt(verdict))]
     believed = [verdict for verdict in verdicts if verdict.kind is not Kind.APPROVE or not doubt(verdict)]
@@ -323,6 +396,20 @@ def may_undo(entries: Sequence[Entry], digest: str, action: int) -> str | None:
 def _late(entry: Entry, intent: Intent, digest: str) -> bool:
     is_ours = entry.type is EventType.VERDICT and entry.body.get("digest") == digest
     return is_ours and entry.recorded_at > intent.expires_at
+
+
+def _outrun(entries: Iterable[Entry], digest: str) -> str | None:
+    """Who answered after their delegation had ended, by the time at which the ledger took it."""
+    before: list[Verdict] = []
+    for entry in entries:
+        if entry.type is not EventType.VERDICT or entry.body.get("digest") != digest:
+            continue
+        verdict = Verdict.model_validate(entry.body)
+        ended = _hands(before, entry.recorded_at).ended
+        if verdict.kind is Kind.APPROVE and verdict.approver.casefold() in ended:
+            return f"the delegation to {verdict.approver} had ended when their answer was recorded"
+        before.append(verdict)
+    return None
 
 
 def _is_over(entry: Entry, digest: str) -> bool:

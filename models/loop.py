@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import date
 from decimal import Decimal
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from models.canonical import Digest, derived_id, sha256
 
@@ -75,6 +84,8 @@ class Request(Frozen):
     the id that it gives each run tells one time from the next."""
     body: Ref | Annotated[str, StringConstraints(min_length=1, max_length=65536)]
     """A stored blob, or the text itself, which then stands in Temporal's history."""
+    requester: str | None = Field(default=None, min_length=1, max_length=200)
+    """Who wants it, where that is known; they may not approve it themselves unless policy says so."""
 
 
 class Evidence(Frozen):
@@ -145,22 +156,120 @@ class Assurance(StrEnum):
     """A signature over the exact answer, by a key that is theirs."""
 
 
+class Day(StrEnum):
+    """Days of the week."""
+
+    MONDAY = "mon"
+    TUESDAY = "tue"
+    WEDNESDAY = "wed"
+    THURSDAY = "thu"
+    FRIDAY = "fri"
+    SATURDAY = "sat"
+    SUNDAY = "sun"
+
+
+TimeOfDay = Annotated[str, StringConstraints(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
+"""As 09:00."""
+
+
+class Hours(Frozen):
+    """When people are at work, by the clock on their wall."""
+
+    days: tuple[Day, ...] = Field(default=tuple(Day)[:5], min_length=1)
+    opens: TimeOfDay = "09:00"
+    closes: TimeOfDay = "17:00"
+    zone: str
+    """An IANA name, as Europe/Berlin."""
+    closed: tuple[date, ...] = Field(default=(), max_length=100)
+    """Holidays."""
+
+    @model_validator(mode="after")
+    def _opens_before_it_closes(self) -> Self:
+        if self.opens >= self.closes:
+            raise ValueError(f"opens {self.opens} is not before closes {self.closes}; turn them round")
+        return self
+
+
+class Rung(Frozen):
+    """One step of the escalation ladder."""
+
+    after: int = Field(ge=1)
+    """That many reminders went unanswered."""
+    notify: tuple[Name, ...] = Field(min_length=1)
+    """Channels that hear of it from then on."""
+
+
 class GateRule(Frozen):
     """Which verdicts an intent needs."""
 
     automatic: bool = False
+    automatic_up_to: Literal[Reversibility.READ_ONLY, Reversibility.REVERSIBLE] = Reversibility.REVERSIBLE
+    """The gravest class that passes without a person."""
+    automatic_amount: Amount | None = None
+    """The most that may cost without a person, all actions together; unknown cost is never automatic."""
+    automatic_currency: str | None = Field(default=None, min_length=1)
     approvals: int = Field(default=1, ge=1, le=20)
     roles: tuple[Name, ...] = ()
     """Roles that must each be covered by a different approver; empty means any person."""
     assurance: Assurance = Assurance.CLAIMED
     """How surely an approver must be known."""
+    self_approval: bool = False
+    """Whoever asked for it may approve it too."""
+    veto_roles: tuple[Name, ...] = ()
+    """In these roles one may reject even what was delegated to somebody else."""
     expire_seconds: int = Field(default=7 * 86400, ge=1)
     """From the first delivery."""
+    expire_by_class: dict[Reversibility, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """Instead of that, for intents of this class."""
     absolute_seconds: int = Field(default=30 * 86400, ge=1)
     """From the intent, whatever was delivered."""
     remind_seconds: int | None = Field(default=86400, ge=1)
+    hours: Hours | None = None
+    """When reminders go out; one that falls due outside waits for the next opening."""
+    channels: tuple[Name, ...] = Field(default=("inbox",), min_length=1)
+    """Expiry runs from the first delivery on one of these."""
+    notify: tuple[Name, ...] = ()
+    """Channels that hear of it too, without starting the clock."""
+    ladder: tuple[Rung, ...] = ()
+    """Who else hears of it while nobody answers."""
     keep_partial: bool = False
     """Keep what was applied when a later action fails, instead of compensating it."""
+
+    @model_validator(mode="after")
+    def _amount_with_currency(self) -> Self:
+        if (self.automatic_amount is None) != (self.automatic_currency is None):
+            raise ValueError("automatic_amount and automatic_currency stand together; set both, or neither")
+        return self
+
+
+class Exemption(Frozen):
+    """A narrow grant: what lies wholly within it passes without a person, so often and so long."""
+
+    name: Name
+    """Uses are counted under it; a new name starts a new count."""
+    connector: Name
+    operations: tuple[Name, ...] = Field(min_length=1)
+    targets: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    """Patterns with `*`, `?` and `[…]` over the plan's target; upper and lower case differ."""
+    up_to: Reversibility = Reversibility.REVERSIBLE
+    """The gravest class it covers; irreversible is never covered."""
+    max_uses: int = Field(ge=1, le=10_000)
+    """Intents, whatever became of them."""
+    valid_until: AwareDatetime
+
+    @field_validator("up_to")
+    @classmethod
+    def _not_beyond_recall(cls, value: Reversibility) -> Reversibility:
+        if value is Reversibility.IRREVERSIBLE:
+            raise ValueError("what cannot be taken back needs a person; write correctable at most")
+        return value
+
+
+class Use(Frozen):
+    """One counted use of a grant, bound into the intent that takes it."""
+
+    grant: Exemption
+    number: int = Field(ge=1)
 
 
 class Intent(Frozen):
@@ -175,7 +284,10 @@ class Intent(Frozen):
     proposal: Proposal
     plans: tuple[Plan, ...]
     already_applied: tuple[int, ...] = ()
+    requester: str | None = None
     gate: GateRule
+    use: Use | None = None
+    """The narrow grant under which it passes without a person."""
     policy_digest: Digest
     card_digest: Digest
     created_at: AwareDatetime

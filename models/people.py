@@ -55,11 +55,14 @@ class Statement(Frozen):
     approver: PersonId
     role: Name | None = None
     to: PersonId | None = None
+    until: AwareDatetime | None = None
+    """When a delegation ends."""
     comment_sha256: Digest
     nonce: str = Field(min_length=16, max_length=64, pattern=r"^[0-9a-f]+$")
     issued_at: AwareDatetime
     expires_at: AwareDatetime
 
     def bytes(self) -> bytes:
-        """RFC 8785 bytes."""
-        return canonical(self)
+        """RFC 8785 bytes; `until` only where it is said, so that what was signed before it existed holds."""
+        without = {"until"} if self.until is None else set[str]()
+        return canonical(self.model_dump(mode="json", exclude=without))

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from decimal import Decimal
+from fnmatch import fnmatchcase
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from models.canonical import digest_of
 from models.errors import PolicyDenied
-from models.loop import Frozen, GateRule, Name, Plan, Proposal, Reversibility
+from models.loop import (
+    Cost,
+    Exemption,
+    Frozen,
+    GateRule,
+    Intent,
+    Name,
+    Plan,
+    Proposal,
+    Reversibility,
+    Use,
+    sum_costs,
+)
 
 SEVERITY = (
     Reversibility.READ_ONLY,
@@ -25,6 +40,15 @@ class AgentPolicy(Frozen):
     """The only connectors its actions may name."""
     gate: GateRule = GateRule()
     max_revisions: int = Field(default=50, ge=0)
+    grants: tuple[Exemption, ...] = ()
+    """What passes without a person, narrowly, so often and so long."""
+
+    @field_validator("grants")
+    @classmethod
+    def _names_differ(cls, grants: tuple[Exemption, ...]) -> tuple[Exemption, ...]:
+        if len({one.name for one in grants}) < len(grants):
+            raise ValueError("two grants have one name; uses are counted by it, so rename one")
+        return grants
 
 
 class Policy(Frozen):
@@ -64,6 +88,51 @@ def permit(policy: AgentPolicy, proposal: Proposal) -> None:
                 f"actions[{number}].connector: {action.connector!r} is not allowed for "
                 f"{proposal.agent}; allowed: {allowed}"
             )
+
+
+def covers(grant: Exemption, plans: Sequence[Plan], now: datetime) -> bool:
+    """Whether everything that is planned lies within a grant, at this time."""
+    return bool(plans) and now <= grant.valid_until and all(_within(grant, plan) for plan in plans)
+
+
+def counts(use: Use, plans: Sequence[Plan], bound_at: datetime) -> bool:
+    """Whether a use that was bound into an intent was one that its grant allows."""
+    return use.number <= use.grant.max_uses and covers(use.grant, plans, bound_at)
+
+
+def is_current(policy: AgentPolicy, intent: Intent, now: datetime) -> bool:
+    """Whether the gate an intent was bound to, and the grant it takes, are what policy says now."""
+    use = intent.use
+    granted = use is None or (use.grant in policy.grants and now <= use.grant.valid_until)
+    same = intent.policy_digest == policy_digest(policy) and intent.gate == policy.gate
+    return same and granted
+
+
+def passes_alone(rule: GateRule, plans: Sequence[Plan]) -> bool:
+    """Whether the rule lets these plans pass without a person: by class, and by cost where it names one."""
+    harmless = SEVERITY.index(risk(plans)) <= SEVERITY.index(Reversibility(rule.automatic_up_to))
+    return rule.automatic and harmless and _is_cheap(rule, plans)
+
+
+def _is_cheap(rule: GateRule, plans: Iterable[Plan]) -> bool:
+    if rule.automatic_amount is None:
+        return True
+    total: Cost | None = None
+    for plan in plans:
+        total = sum_costs(total, plan.cost)
+    # A cost that nobody knows is within no limit.
+    if total is None or total.amount is None or total.currency != rule.automatic_currency:
+        return False
+    return Decimal(total.amount) <= Decimal(rule.automatic_amount)
+
+
+def _within(grant: Exemption, plan: Plan) -> bool:
+    return (
+        plan.connector == grant.connector
+        and plan.operation in grant.operations
+        and any(fnmatchcase(plan.target, pattern) for pattern in grant.targets)
+        and SEVERITY.index(plan.reversibility) <= SEVERITY.index(grant.up_to)
+    )
 
 
 def risk(plans: Iterable[Plan]) -> Reversibility:

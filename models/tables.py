@@ -92,6 +92,16 @@ class Claim(SQLModel, table=True):
     """JSON of the Outcome once there is one."""
 
 
+class GrantUse(SQLModel, table=True):
+    """How often a narrow grant was used; only ever counted up, and down when the intent did not stand."""
+
+    __tablename__ = "grant_use"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    agent: str = Field(primary_key=True)
+    name: str = Field(primary_key=True)
+    used: int = 0
+
+
 class Effect(SQLModel, table=True):
     """One use of an action key: reserved before anything is sent, confirmed after."""
 

@@ -23,6 +23,8 @@ import time
 from base64 import b64decode, b64encode
 from collections import defaultdict
 from datetime import datetime
+from decimal import Decimal
+from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ NAMES = {
     **{"streamversion": "version", "correlationid": "correlation_id"},
 }
 EFFECTS = ("apply", "compensation", "receipt")
-HARMLESS = ("read_only", "reversible")
+CLASSES = ("read_only", "reversible", "correctable", "irreversible")
 moment = datetime.fromisoformat
 
 
@@ -102,16 +104,46 @@ def is_signed(note: str, keys: list[Key]) -> bool:
     return last == "" and any(key.signed(f"{text}\n", line) for line in lines for key in keys)
 
 
+def alone(intent: Plain) -> bool:
+    """Whether an intent needs no person: by its gate's limits, or by the narrow grant bound into it."""
+    gate, plans, use = intent["gate"], intent["plans"], intent.get("use")
+    if use and use["number"] <= use["grant"]["max_uses"] and covers(use["grant"], intent):
+        return True
+    limit = CLASSES.index(gate.get("automatic_up_to", "reversible"))
+    harmless = all(CLASSES.index(plan["reversibility"]) <= limit for plan in plans)
+    if not gate["automatic"] or not harmless or gate.get("automatic_amount") is None:
+        return bool(gate["automatic"] and harmless)
+    costs = [plan["cost"] for plan in plans]
+    if any(cost["amount"] is None or cost["currency"] != gate["automatic_currency"] for cost in costs):
+        return False
+    return sum(Decimal(cost["amount"]) for cost in costs) <= Decimal(gate["automatic_amount"])
+
+
+def covers(grant: Plain, intent: Plain) -> bool:
+    """Whether all that is planned lies within a grant at the time of the intent."""
+    limit = CLASSES.index(grant["up_to"])
+    return moment(intent["created_at"]) <= moment(grant["valid_until"]) and all(
+        plan["connector"] == grant["connector"]
+        and plan["operation"] in grant["operations"]
+        and any(fnmatchcase(plan["target"], pattern) for pattern in grant["targets"])
+        and CLASSES.index(plan["reversibility"]) <= limit
+        for plan in intent["plans"]
+    )
+
+
 def passed(intent: Plain, verdicts: Verdicts) -> bool:
     """Whether verdicts, in the order in which they were recorded, are enough for an intent."""
     gate = intent["gate"]
-    if gate["automatic"] and all(plan["reversibility"] in HARMLESS for plan in intent["plans"]):
+    if alone(intent):
         return True
+    wanting = {intent["proposer"].casefold()}
+    if intent.get("requester") and not gate.get("self_approval"):
+        wanting.add(intent["requester"].casefold())
     approved: dict[str, str | None] = {}
     for verdict, _ in verdicts:
         if verdict["kind"] in ("reject", "revise"):
             return False
-        if verdict["kind"] == "approve":
+        if verdict["kind"] == "approve" and verdict["approver"].casefold() not in wanting:
             approved[verdict["approver"].casefold()] = verdict.get("role")
             if len(approved) >= gate["approvals"] and set(approved.values()) >= set(gate["roles"]):
                 return True

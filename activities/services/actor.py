@@ -42,7 +42,7 @@ from models.gate import Verdict, may_act, may_undo
 from models.ledger import Draft, EventType, act_stream
 from models.loop import Action, Intent, Plan, Receipt, Reversibility, action_key
 from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
-from models.policy import Policy, permit, policy_digest
+from models.policy import Policy, is_current, permit
 
 CLOCK_SKEW = timedelta(minutes=1)
 
@@ -235,14 +235,14 @@ class Actor:
         if reason is not None:
             return _refused(link, order, undo, reason, now)
         # Once an attempt was made its end must be found out, whatever policy says by now.
-        if not undo and look(link, job.who, now) is None and self._is_outdated(job.intent):
+        if not undo and look(link, job.who, now) is None and self._is_outdated(job.intent, now):
             return replace(job, stale="the policy has changed since this was approved")
         if not undo and look(link, job.who, now) is None and (changed := stale_in(link, job.intent)):
             return replace(job, stale=changed, rethink=True)
         return replace(job, hold=reserve(link, job.who, now))
 
-    def _is_outdated(self, intent: Intent) -> bool:
-        return intent.policy_digest != policy_digest(self._policy.of(intent.proposer))
+    def _is_outdated(self, intent: Intent, now: datetime) -> bool:
+        return not is_current(self._policy.of(intent.proposer), intent, now)
 
     def _look(self, link: Connection, order: EffectOrder) -> _Job | Effect:
         job, now = self._read(link, order, undo=False), self._clock()

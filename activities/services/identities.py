@@ -84,7 +84,7 @@ def _of_verdict(tenant: str, verdict: Verdict) -> Statement | None:
 def _statement(
     tenant: str, kind: Kind, given: dict[str, object], comment_sha256: str | None
 ) -> Statement | None:
-    names = ("digest", "approver", "role", "to", "nonce", "issued_at", "expires_at")
+    names = ("digest", "approver", "role", "to", "until", "nonce", "issued_at", "expires_at")
     try:
         return Statement.model_validate(
             {name: given[name] for name in names}

@@ -9,13 +9,15 @@ from sqlalchemy import Connection
 
 from activities.services.content import get_blob, put_blob, put_model
 from activities.services.database import Database
+from activities.services.grants import give_back, take_use
 from activities.services.ledger_store import append_in, entries_in
 from activities.services.requests import last_intent
 from models.canonical import sha256
 from models.card import full_card, short_card
 from models.ledger import Draft
-from models.loop import Intent
+from models.loop import Intent, Use
 from models.orders import Presentation, Presented
+from models.policy import covers, passes_alone
 
 MARKDOWN = "text/markdown; charset=utf-8"
 
@@ -36,7 +38,8 @@ class Intents:
 def _present(connection: Connection, presentation: Presentation, now: datetime) -> Presented:
     tenant = presentation.append.tenant
     texts = {ref: get_blob(connection, tenant, ref).decode() for ref in _texts(presentation)}
-    intent = _bind(presentation, card_digest="0" * 64)
+    use = _use(connection, presentation)
+    intent = _bind(presentation, use, card_digest="0" * 64)
     full = full_card(intent, texts)
     intent = intent.model_copy(update={"card_digest": sha256(full.encode())})
     put_blob(connection, tenant, full.encode(), MARKDOWN)
@@ -48,6 +51,8 @@ def _present(connection: Connection, presentation: Presentation, now: datetime) 
     appended = append_in(connection, wish, now)
     if appended.won:
         return Presented(won=True, digest=digest, intent=intent, card=card)
+    if use is not None:
+        give_back(connection, tenant, intent.proposer, use)
     standing = entries_in(connection, tenant, wish.stream)
     bound, card = last_intent(connection, tenant, standing)
     return Presented(won=False, entries=appended.entries, intent=bound, card=card)
@@ -58,7 +63,20 @@ def _texts(presentation: Presentation) -> list[str]:
     return [plan.diff.digest for plan in presentation.plans] + ([reasons.digest] if reasons else [])
 
 
-def _bind(presentation: Presentation, card_digest: str) -> Intent:
+def _use(connection: Connection, presentation: Presentation) -> Use | None:
+    """A use of the first grant that covers everything and has one left, if a person would be asked."""
+    policy, plans = presentation.policy, presentation.plans
+    if passes_alone(policy.gate, plans):
+        return None
+    for grant in policy.grants:
+        if covers(grant, plans, presentation.created_at):
+            use = take_use(connection, presentation.append.tenant, presentation.proposal.agent, grant)
+            if use is not None:
+                return use
+    return None
+
+
+def _bind(presentation: Presentation, use: Use | None, card_digest: str) -> Intent:
     gate = presentation.policy.gate
     return Intent(
         tenant=presentation.append.tenant,
@@ -69,7 +87,9 @@ def _bind(presentation: Presentation, card_digest: str) -> Intent:
         proposal=presentation.proposal,
         plans=presentation.plans,
         already_applied=presentation.already_applied,
+        requester=presentation.request.requester,
         gate=gate,
+        use=use,
         policy_digest=presentation.policy_digest,
         card_digest=card_digest,
         created_at=presentation.created_at,
