@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from activities.services.checkpoints import Checkpoints
+from activities.services.database import Database
+from activities.services.ledger_store import LedgerStore
+from activities.services.migrations import migrate, state
+from activities.services.verifier import check_database
+from models.ledger import Append
+from scripts.bench.ledger import check, killed
+from tests.ledgers import TENANT, fill
+from tests.test_ledger_tree import draft
+
+pytest.importorskip("psycopg")
+pytestmark = pytest.mark.real
+SCRIPT = Path(__file__).parents[2] / "scripts" / "targets" / "postgres.sh"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # Its owner may be another account, which reads nothing below a test's own folder.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)
+        argv = [str(SCRIPT), "start", folder, port]
+        started = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
+        try:
+            made = started.stdout.strip()
+            migrate(made)
+            yield made
+        finally:
+            subprocess.run([str(SCRIPT), "stop", folder], check=True)
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Database]:
+    opened = Database(url)
+    yield opened
+    opened.close()
+
+
+def test_the_migrations_arrive(url: str) -> None:
+    current, expected = state(url)
+    assert current == expected
+
+
+async def test_writers_with_connections_of_their_own_leave_no_gap(url: str) -> None:
+    databases = [Database(url) for _ in range(4)]
+
+    async def one(database: Database, stream: str) -> None:
+        store = LedgerStore(database, lambda: datetime.now(UTC))
+        for version in range(10):
+            drafts = (draft(f"{stream}-{version}", stream),)
+            wish = Append(tenant="many", stream=stream, expected=version, drafts=drafts)
+            assert (await store.append(wish)).won
+
+    await asyncio.gather(*(one(d, f"s{n}-{m}") for n, d in enumerate(databases) for m in range(6)))
+    for database in databases:
+        database.close()
+    assert check(url, "many", 240) == 240
+
+
+async def test_a_signed_log_is_sound(database: Database) -> None:
+    private = Ed25519PrivateKey.generate()
+    checkpoints = Checkpoints(database, private, "countersign")
+    await fill(database, 4)
+    written = await checkpoints.write(TENANT)
+    assert written is not None
+    report = await database.read(
+        lambda link: check_database(link, TENANT, written.key.name, [written.key], [written.note])
+    )
+    assert (report.status, report.signed, report.findings) == ("sound", 28, ())
+
+
+@pytest.mark.parametrize("table", ["event", "merkle_node", "checkpoint"])
+@pytest.mark.parametrize("change", ["UPDATE {} SET log_id = log_id", "DELETE FROM {}", "TRUNCATE {}"])
+async def test_rows_of_the_ledger_are_only_added(database: Database, table: str, change: str) -> None:
+    assert await _rows(database, table), "the tests before this one have written some"
+    with pytest.raises(DBAPIError, match="only ever added"):
+        await database.write(lambda link: link.execute(text(change.format(table))))
+
+
+async def _rows(database: Database, table: str) -> int:
+    query = text(f"SELECT count(*) FROM {table}")
+    return int(await database.read(lambda link: link.execute(query).scalar_one()))
+
+
+def test_a_killed_writer_loses_nothing_it_acknowledged(url: str) -> None:
+    result = killed(url, 5, random.Random(7))
+    assert result["kept"] >= result["acknowledged"]
