@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, make_url, select
 
 from activities.services.database import Database
 from activities.services.ledger_store import EVENT, HEAD, NODE, LedgerStore
@@ -83,10 +83,27 @@ def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """All sections on one database."""
     migrate(url)
     return {
+        "fsync_ms": _fsync(url),
         "one_process_64_tasks": _beside(url, options, processes=1, tasks=64),
         "four_processes_16_tasks": _beside(url, options, processes=4, tasks=16),
         "killed": killed(url, options.kills, random.Random(1)),
     }
+
+
+def _fsync(url: str) -> float | None:
+    """What one flush of a page costs where a SQLite file lies: it is what group commit saves."""
+    place = make_url(url).database
+    if not url.startswith("sqlite") or place is None:
+        return None
+    took = list[float]()
+    with tempfile.TemporaryFile(dir=Path(place).parent) as file:
+        for _ in range(50):
+            file.write(os.urandom(4096))
+            file.flush()
+            began = time.perf_counter()
+            os.fsync(file.fileno())
+            took.append(time.perf_counter() - began)
+    return round(statistics.median(took) * 1000, 3)
 
 
 def _beside(url: str, options: argparse.Namespace, processes: int, tasks: int) -> dict[str, Any]:
