@@ -27,6 +27,9 @@ PLACES = {
     "tiers": "tiers",
     "schedules": "schedules",
     "ledger": "ledger",
+    "memory": "memory",
+    "beliefs": "beliefs",
+    "story": "story",
 }
 """Command to its module in `scripts/commands`, in the order of the help."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from activities.services.beliefs import Beliefs
 from activities.services.content import ContentStore
@@ -22,7 +25,11 @@ from activities.services.short_term import Key, ShortTerm
 from activities.services.vectors import ExactVectors
 from models.beliefs import Change
 from models.errors import MemoryUnavailable, UnknownName
+from models.ledger import Draft, EventType
 from models.memory import Cause, Kept, Memo, Recall, Search
+from models.settings import Settings
+from scripts.cli import app
+from workers import config
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 ANN, BOB = "ann@example.test", "bob@example.test"
@@ -57,7 +64,7 @@ class Index:
 class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        url = f"sqlite:///{folder / 'memory.db'}"
+        url = Settings(data=folder).database_url
         migrate(url)
         self.database = Database(url)
         self.content = ContentStore(self.database)
@@ -185,3 +192,47 @@ async def test_a_subject_can_be_believed_in_again_after_it_was_erased(place):
     assert (await place.beliefs.change(change)).belief.version == 1
     events = await LedgerStore(place.database, lambda: NOW).tail("default", 100)
     assert sum(event.type == "belief" for event in events) == 4
+
+
+def command(data: Path, *arguments: str):
+    kept = data / "settings.json"
+    config.snapshot(Settings(data=data, embeddings=None), kept)
+    return CliRunner().invoke(app, list(arguments), env={config.SNAPSHOT: str(kept)})
+
+
+async def test_the_command_line_searches_counts_tells_and_forgets(place):
+    await place.beliefs.change(
+        Change(tenant="default", agent="support", subject=BOB, event="b2", sets={"said": "likes coffee"})
+    )
+
+    draft = Draft(
+        event_id="event-b1",
+        stream="run-b1",
+        type=EventType.REQUEST,
+        actor_kind="system",
+        actor_ref="intake",
+        correlation_id="run-b1",
+    )
+    await LedgerStore(place.database, lambda: NOW).add("default", draft)
+
+    async def said(*arguments: str):
+        return await asyncio.to_thread(command, place.folder, *arguments)
+
+    found = json.loads((await said("memory", "search", "tea", "--json")).stdout)
+    assert [hit["record_id"] for hit in found["hits"]] == ["b1"]
+    counts = json.loads((await said("memory", "stats", "--json")).stdout)
+    assert counts["preference active"] == 3 and counts["vectors"] == 3
+    assert "missing  0" in (await said("memory", "diff")).stdout
+    assert "nothing to rebuild" in (await said("memory", "rebuild")).stdout
+    assert "said: likes coffee" in (await said("beliefs", "show", BOB)).stdout
+    assert (await said("beliefs", "diff", BOB, "1")).stdout.strip() == "said: likes tea -> likes coffee"
+    versions = json.loads((await said("beliefs", "history", BOB, "--json")).stdout)
+    assert [one["belief"]["version"] for one in versions] == [1, 2]
+    told = (await said("story", BOB)).stdout
+    assert all(word in told for word in ("memory", "belief", "ledger", "request", "About bob"))
+    refused = await said("memory", "forget", "--subject", ANN, "--yes")
+    assert refused.exit_code == 2 and "--as" in refused.output
+    erased = await said("memory", "forget", "--subject", ANN, "--yes", "--as", "dpo")
+    assert erased.exit_code == 0 and "2 records" in erased.stdout
+    assert (await said("story", ANN)).exit_code == 2
+    assert (await said("beliefs", "show", ANN)).exit_code == 2

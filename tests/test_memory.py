@@ -17,8 +17,9 @@ from temporalio.testing import ActivityEnvironment
 from activities.memory import Memory
 from activities.services.content import BLOB, ContentStore, put_blob
 from activities.services.database import Database
-from activities.services.indexing import keep_indexed
+from activities.services.indexing import keep_indexed, keep_swept
 from activities.services.keeping import TEXT_BYTES
+from activities.services.leases import Leases
 from activities.services.memory_store import AWAY, LAGGING, NO_MODEL, REFUSED, MemoryStore, fused, keep
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
 from models.errors import InvalidInput, MemoryUnavailable, UnknownName
@@ -561,3 +562,21 @@ async def test_of_a_thousand_turns_hardly_any_junk_stays_and_recall_never_feeds_
     assert kept["recall"] == 0 and tried["recall"] == TURNS // 4
     assert junk / sum(kept.values()) < 0.05
     assert kept["good"] == tried["good"]
+
+
+async def test_of_two_sweeping_loops_one_sweeps_and_both_stop_when_told(place):
+    for number in range(7):
+        memo = await place.memo(f"r{number}", "same", expires_at=NOW + timedelta(hours=1))
+        await place.store.keep(memo, NOW)
+    place.now, stop, swept = NOW + timedelta(hours=1), asyncio.Event(), []
+
+    class Counting:
+        async def sweep(self, limit: int = 500) -> int:
+            swept.append(await place.store.sweep(limit))
+            if sum(swept) == 7:
+                stop.set()
+            return swept[-1]
+
+    holders = [Leases(place.database, name, lambda: place.now) for name in ("one", "two")]
+    await asyncio.gather(*(keep_swept(Counting(), one, stop, pause=0.01, part=3) for one in holders))
+    assert swept == [3, 3, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -35,10 +36,11 @@ from activities.services.claims import Claims
 from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.identities import Identities
-from activities.services.indexing import keep_indexed
+from activities.services.indexing import keep_indexed, keep_swept
 from activities.services.intents import Intents
+from activities.services.leases import Leases
 from activities.services.ledger_store import LedgerStore
-from activities.services.memory_store import MemoryStore
+from activities.services.memory_store import MemoryStore, Vectors
 from activities.services.requests import Requests
 from activities.services.router import Answerer
 from activities.services.routes import Routes
@@ -196,11 +198,22 @@ class _Composer:
             client = await self._stack.enter_async_context(http_client(settings))
             embedder = embedding_adapter(settings, client)
         dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
-        vectors = ExactVectors(self._database, dimensions)
+        leases = Leases(self._database, f"remember-{uuid.uuid4()}", utc_now)
+        vectors = await self._vectors(leases, dimensions)
         store = MemoryStore(self._database, self._content, embedder, vectors)
+        await self._background(keep_swept, store, leases)
         if embedder is not None:
             await self._background(keep_indexed, store)
         return self._worker(Queue.REMEMBER, [Memory(store).recall])
+
+    async def _vectors(self, leases: Leases, dimensions: int) -> Vectors:
+        if self._settings.weaviate is None:
+            return ExactVectors(self._database, dimensions)
+        # Loaded only where it is used: its client takes a second and tens of megabytes.
+        from activities.services.weaviate_store import WeaviateVectors, connected
+
+        client = await self._stack.enter_async_context(connected(self._settings.weaviate))
+        return WeaviateVectors(self._database, client, leases, dimensions)
 
     async def _act(self) -> Worker:
         settings = self._settings

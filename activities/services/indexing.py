@@ -7,11 +7,13 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, Select, func, select
 
 from activities.services.content import get_blob
+from activities.services.leases import Leases
 from activities.services.vectors import EMBEDDING, MEMORY
 from models.errors import Final
 
@@ -27,6 +29,14 @@ class Indexer(Protocol):
 
     async def index_pending(self, limit: int = 32) -> int:
         """Give vectors to some records; how many were looked at, 0 when none is waiting."""
+        ...
+
+
+class Sweeper(Protocol):
+    """What the sweeping loop needs of the memory store."""
+
+    async def sweep(self, limit: int = 500) -> int:
+        """Take expired records out of the indexes; how many, at most `limit`."""
         ...
 
 
@@ -111,6 +121,22 @@ async def keep_indexed(
             logger.warning("memory is not indexed (%s: %s); next try in %.1f s", _kind(error), error, delay)
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), delay)
+
+
+async def keep_swept(
+    store: Sweeper, leases: Leases, stop: asyncio.Event, pause: float = 60.0, part: int = 500
+) -> None:
+    """Take expired records out of the indexes until `stop` is set, in one process at a time."""
+    while not stop.is_set():
+        try:
+            epoch = await leases.take("sweeper", timedelta(seconds=3 * pause))
+            while epoch is not None and await store.sweep(part) == part:
+                epoch = await leases.take("sweeper", timedelta(seconds=3 * pause))
+        except Exception as error:
+            # No answer depends on it; what is due is still due at the next turn.
+            logger.warning("expired memory was not swept (%s: %s)", _kind(error), error)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), pause)
 
 
 def _kind(error: Exception) -> str:

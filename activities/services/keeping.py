@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from difflib import SequenceMatcher
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.content import BLOB, get_blob
+from activities.services.content import get_blob
 from activities.services.database import to_micros
 from activities.services.ledger_store import EVENT
 from activities.services.vectors import MEMORY, empty_vectors, next_position, touch_vectors
 from activities.services.words import drop_words, put_words
 from models.canonical import sha256
-from models.errors import InvalidInput, UnknownName
+from models.errors import Final, InvalidInput, UnknownName
 from models.memory import (
     INDEPENDENT,
     Cause,
@@ -196,15 +197,17 @@ def _change(connection: Connection, tenant: str, record_id: str, values: dict[st
 
 
 def _text(connection: Connection, memo: Memo) -> str:
-    here = (BLOB.c.tenant == memo.tenant, BLOB.c.digest == memo.text.digest)
-    size = connection.execute(select(func.length(BLOB.c.data)).where(*here)).scalar_one_or_none()
-    if size is None:
-        raise InvalidInput.field("text", memo.text.digest, "no such content is stored; store it first")
-    if size > TEXT_BYTES:
-        raise InvalidInput.field("text", f"{size} bytes", f"remember at most {TEXT_BYTES} bytes")
-    if size != memo.text.size:
-        raise InvalidInput.field("text.size", memo.text.size, f"the stored text has {size} bytes")
-    return get_blob(connection, memo.tenant, memo.text.digest).decode(errors="replace").replace("\0", " ")
+    try:
+        data = get_blob(connection, memo.tenant, memo.text.digest)
+    except InvalidInput:
+        raise InvalidInput.field(
+            "text", memo.text.digest, "no such content is stored; store it first"
+        ) from None
+    if len(data) > TEXT_BYTES:
+        raise InvalidInput.field("text", f"{len(data)} bytes", f"remember at most {TEXT_BYTES} bytes")
+    if len(data) != memo.text.size:
+        raise InvalidInput.field("text.size", memo.text.size, f"the stored text has {len(data)} bytes")
+    return data.decode(errors="replace").replace("\0", " ")
 
 
 def _stands(connection: Connection, memo: Memo) -> None:
@@ -353,10 +356,12 @@ def _invented(connection: Connection, memo: Memo, text: str, given: Sequence[str
 
 
 def _texts(connection: Connection, tenant: str, digests: Iterable[str]) -> list[str]:
-    rows = connection.execute(
-        select(BLOB.c.data).where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(list(digests)))
-    )
-    return [bytes(data[:TEXT_BYTES]).decode(errors="replace") for data in rows.scalars()]
+    texts: list[str] = []
+    for digest in digests:
+        # One that was erased since says nothing any more.
+        with suppress(Final):
+            texts.append(get_blob(connection, tenant, digest)[:TEXT_BYTES].decode(errors="replace"))
+    return texts
 
 
 def _words(text: str) -> list[str]:
