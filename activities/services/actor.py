@@ -26,6 +26,7 @@ from activities.services.reservations import (
     close,
     confirm,
     confirmed,
+    expected_version,
     look,
     reserve,
 )
@@ -228,6 +229,9 @@ class Actor:
         now = self._clock()
         try:
             job = self._read(link, order, undo)
+            untried = not undo and look(link, job.who, now) is None
+            if untried:
+                get_blob(link, order.tenant, job.intent.card_digest)  # What people read must stand as bound.
         except (InvalidInput, PolicyDenied) as error:
             return _refused(link, order, undo, error.message, now)
         _wait_for_clock(job, now)
@@ -235,9 +239,9 @@ class Actor:
         if reason is not None:
             return _refused(link, order, undo, reason, now)
         # Once an attempt was made its end must be found out, whatever policy says by now.
-        if not undo and look(link, job.who, now) is None and self._is_outdated(job.intent, now):
+        if untried and self._is_outdated(job.intent, now):
             return replace(job, stale="the policy has changed since this was approved")
-        if not undo and look(link, job.who, now) is None and (changed := stale_in(link, job.intent)):
+        if untried and (changed := stale_in(link, job.intent)):
             return replace(job, stale=changed, rethink=True)
         return replace(job, hold=reserve(link, job.who, now))
 
@@ -266,7 +270,7 @@ class Actor:
             plan=plan,
             work=Work(action.operation, arguments),
             connector=connector,
-            expected=_expected(link, intent, order, plan),
+            expected=expected_version(link, intent, order.digest, plan),
             who=self._claimant(order, connector, undo),
         )
 
@@ -398,15 +402,6 @@ def _refused(link: Connection, order: EffectOrder, undo: bool, reason: str, now:
     )
     add_in(link, order.tenant, draft, now)
     return Effect(what=Effected.REFUSED, reason=reason[:300])
-
-
-def _expected(link: Connection, intent: Intent, order: EffectOrder, plan: Plan) -> str:
-    """The version to find: the plan's, unless an earlier action of this intent has moved the same target."""
-    earlier = [p for p in intent.plans if p.action < plan.action and p.target == plan.target]
-    keys = [action_key(order.digest, p.action) for p in earlier]
-    done = confirmed(link, order.tenant, keys) if keys else {}
-    versions = [done[key].version for key in keys if key in done]
-    return versions[-1] if versions else plan.target_version
 
 
 def _ended(job: _Job) -> Effect | None:

@@ -54,6 +54,8 @@ class Identities:
         if statement is None or verdict.signature is None:
             return f"what {verdict.approver} signed cannot be put together"
         key, reason = check(verdict.signature, statement.bytes(), person, self._clock())
+        if key is not None and fingerprint(key.public) != verdict.key:
+            return f"the signature of {verdict.approver} is by another key than the one recorded"
         return None if key is not None else f"the signature of {verdict.approver}: {reason}"
 
     def _signed(self, tenant: str, kind: Kind, answer: Answer, person: Person) -> Identity:

@@ -18,7 +18,7 @@ from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import add_in
 from models.canonical import derived_id
 from models.ledger import Draft, EventType, act_stream
-from models.loop import Guarantee, Receipt
+from models.loop import Guarantee, Intent, Plan, Receipt, action_key
 from models.tables import Effect, table
 
 EFFECT = table(Effect)
@@ -147,6 +147,15 @@ def confirmed(link: Connection, tenant: str, keys: Sequence[str]) -> dict[str, R
         )
     )
     return {row.key: Receipt.model_validate_json(row.result) for row in rows}
+
+
+def expected_version(link: Connection, intent: Intent, digest: str, plan: Plan) -> str:
+    """The version to find: the plan's, unless an earlier action of this intent has moved the same target."""
+    earlier = [p for p in intent.plans if p.action < plan.action and p.target == plan.target]
+    keys = [action_key(digest, p.action) for p in earlier]
+    done = confirmed(link, intent.tenant, keys) if keys else {}
+    versions = [done[key].version for key in keys if key in done]
+    return versions[-1] if versions else plan.target_version
 
 
 def _take(link: Connection, who: Claimant, now: datetime, epoch: int, turn: Turn) -> Hold:
