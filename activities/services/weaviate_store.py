@@ -200,7 +200,7 @@ class WeaviateVectors:
         async with self._following:
             async with self._asking():
                 await self._connect()
-                await self._client.collections.delete(_name(model))
+                await self._client.collections.delete(collection_name(model))
             self._ready.discard(model)
             await self._database.write(
                 lambda link: link.execute(update(CURSOR).where(*_cursor(model)).values(position=0))
@@ -275,10 +275,10 @@ class WeaviateVectors:
     async def _of(self, model: str) -> Any:
         await self._connect()
         if model not in self._ready:
-            if not await self._client.collections.exists(_name(model)):
+            if not await self._client.collections.exists(collection_name(model)):
                 await self._create(model)
             self._ready.add(model)
-        return self._client.collections.use(_name(model))
+        return self._client.collections.use(collection_name(model))
 
     async def _connect(self) -> None:
         if self._lost:
@@ -312,7 +312,7 @@ class WeaviateVectors:
         numbers = [Property(name=name, data_type=DataType.INT, index_range_filters=True) for name in NUMBERS]
         index = Configure.VectorIndex.hnsw(distance_metric=VectorDistances.COSINE, ef=256)
         await self._client.collections.create(
-            _name(model),
+            collection_name(model),
             description=f"Countersign memory under {model}",
             properties=[*texts, *numbers],
             multi_tenancy_config=Configure.multi_tenancy(
@@ -322,7 +322,8 @@ class WeaviateVectors:
         )
 
 
-def _name(model: str) -> str:
+def collection_name(model: str) -> str:
+    """The collection that holds the vectors of a model."""
     return f"Memory_{sha256(model.encode())[:16]}"
 
 

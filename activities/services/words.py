@@ -15,6 +15,7 @@ from sqlalchemy import (
     DDL,
     ColumnElement,
     Connection,
+    Select,
     bindparam,
     column,
     delete,
@@ -30,10 +31,12 @@ from sqlalchemy import table as sql_table
 from activities.services.vectors import MEMORY
 
 INDEXED_CHARACTERS = 8000
-MOST_WORDS = 8
+MOST_WORDS = 6
 """The rarest words of a query decide; common ones cost time and tell little."""
-COMMON_SHARE = 0.2
+COMMON_SHARE = 0.03
 """A word that stands in more of the records than this is not searched for, if there are rarer ones."""
+DEEP = 500
+"""So many of the best are looked at first."""
 WORDS = sql_table("memory_words", column("rowid"), column("position"), column("words"), column("rank"))
 VOCABULARY = sql_table("memory_vocabulary", column("term"), column("doc"))
 MAKE = {
@@ -81,15 +84,31 @@ def find_words(
     words = _telling(connection, sorted({*re.findall(r"\w+", _folded(query))}))
     if not words:
         return []
+    deep = max(DEEP, 10 * limit)
+    found = connection.execute(_best(connection, words, conditions, limit, deep)).scalars().all()
+    if len(found) < limit:
+        # Whatever stands first may not count, or be another tenant's; then everything is looked at.
+        found = connection.execute(_best(connection, words, conditions, limit, None)).scalars().all()
+    return list(found)
+
+
+def _best(
+    connection: Connection,
+    words: Sequence[str],
+    conditions: Sequence[ColumnElement[bool]],
+    limit: int,
+    deep: int | None,
+) -> Select[Any]:
     matches, rank = _ranked(connection, words)
-    found = (
+    key = _key(connection)
+    near = select(key.label("at"), rank.label("rank")).where(matches).order_by(rank).limit(deep).subquery()
+    return (
         select(MEMORY.c.record_id)
-        .join_from(WORDS, MEMORY, MEMORY.c.position == _key(connection))
-        .where(matches, *conditions)
-        .order_by(rank, MEMORY.c.recorded_at.desc(), MEMORY.c.record_id)
+        .join_from(near, MEMORY, MEMORY.c.position == near.c.at)
+        .where(*conditions)
+        .order_by(near.c.rank, MEMORY.c.recorded_at.desc(), MEMORY.c.record_id)
         .limit(limit)
     )
-    return list(connection.execute(found).scalars())
 
 
 def compact_words(connection: Connection) -> None:
