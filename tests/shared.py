@@ -23,6 +23,8 @@ from tests.conftest import Stack, settings_for, stack_of
 from tests.variants import AGENTS
 from workers.compose import Parts, utc_now
 
+LIMIT = 30
+"""Seconds after which what is waited for will not come; a broken loop must fail a test, not hold it."""
 CONNECTORS = ("null", "site", "odd")
 GATES = {
     "external": GateRule(remind_seconds=None),
@@ -118,15 +120,21 @@ class Shared(Stack):
 
     async def until(self, run: Started, kind: str, count: int = 1) -> tuple[Event, ...]:
         """The run's events of one kind, once there are as many."""
-        while True:
-            events = [event for event in await self.events(run) if event.type.value == kind]
-            if len(events) >= count:
-                return tuple(events)
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(LIMIT):
+            while True:
+                events = [event for event in await self.events(run) if event.type.value == kind]
+                if len(events) >= count:
+                    return tuple(events)
+                await asyncio.sleep(0.01)
+
+    async def digest(self, run: Started, number: int = 1) -> str:
+        async with asyncio.timeout(LIMIT):
+            return await super().digest(run, number)
 
     async def outcome(self, run: Started) -> Outcome:
         """How it ended; the ledger must say the same, once."""
-        result = await run.handle.result()
+        async with asyncio.timeout(LIMIT):
+            result = await run.handle.result()
         logged = [event.body for event in await self.events(run) if event.type.value == "outcome"]
         assert logged == [result.model_dump(mode="json")]
         return result
