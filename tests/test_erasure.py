@@ -180,6 +180,23 @@ async def test_a_text_that_another_subject_has_too_stays_for_that_one(place):
     assert await place.ask("tea") == ["b1"]
 
 
+async def test_the_key_of_a_subject_is_destroyed_in_the_transaction_that_erases_it(place):
+    destroyed = []
+
+    def destroy(link, tenant, subject, now) -> None:
+        destroyed.append((tenant, subject))
+        if len(destroyed) == 1:
+            raise RuntimeError("no key store")
+
+    erasure = Erasure(place.database, lambda: NOW, destroy_key=destroy)
+    with pytest.raises(RuntimeError):
+        await erasure.forget("default", ANN, by="dpo")
+    assert set(await place.ask("tea")) == {"a1", "a2", "b1"}
+    await erasure.forget("default", ANN, by="dpo")
+    assert destroyed == [("default", ANN)] * 2
+    assert await place.ask("tea") == ["b1"]
+
+
 async def test_what_nobody_knows_about_cannot_be_erased(place):
     for subject in ("nobody", "", "ann"):
         with pytest.raises(UnknownName, match="subject"):

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, delete, func, or_, select, update
 from activities.services import keeping
 from activities.services.beliefs import HEAD, SNAPSHOT
 from activities.services.content import BLOB
-from activities.services.database import Database
+from activities.services.database import Database, to_micros
 from activities.services.keeping import GIVEN, SUPPORT
 from activities.services.ledger_store import add_in
 from activities.services.short_term import ShortTerm
@@ -68,8 +68,18 @@ class Erasure:
         clock: Callable[[], datetime],
         index: Index | None = None,
         cache: ShortTerm | None = None,
+        destroy_key: Callable[[Connection, str, str, int], object] | None = None,
     ) -> None:
-        """Take what else than SQL holds copies."""
+        """Take what else than SQL holds copies.
+
+        Args:
+            database: the truth.
+            clock: stamps what is emptied, and the receipt.
+            index: vectors outside SQL.
+            cache: derived answers of this process.
+            destroy_key: destroys the key of tenant and subject in the erasing transaction.
+        """
+        self._destroy_key = destroy_key
         self._database = database
         self._clock = clock
         self._index = index
@@ -91,7 +101,7 @@ class Erasure:
             )
         for model in found.models if self._index else ():
             await self._index_of().delete(tenant, model, found.ids)
-        shared = await self._database.write(lambda link: _erase(link, tenant, subject, found, self._clock()))
+        shared = await self._database.write(lambda link: self._erase(link, tenant, subject, found))
         dropped = self._cache.drop(tenant, subject) if self._cache else 0
         await asyncio.to_thread(self._scrub)
         left = await self._left(tenant, subject, found, shared)
@@ -104,6 +114,12 @@ class Erasure:
             "cached": dropped,
         }
         return await self._receipt(tenant, subject, by, removed, left, len(shared))
+
+    def _erase(self, link: Connection, tenant: str, subject: str, found: _Found) -> frozenset[str]:
+        now = self._clock()
+        if self._destroy_key is not None:
+            self._destroy_key(link, tenant, subject, to_micros(now))
+        return _erase(link, tenant, subject, found, now)
 
     async def _left(self, tenant: str, subject: str, found: _Found, shared: frozenset[str]) -> dict[str, int]:
         left = await self._database.read(lambda link: _look(link, tenant, subject, found, shared))
