@@ -33,7 +33,7 @@ from activities.services.actor import Actor
 from activities.services.beliefs import Beliefs
 from activities.services.checkpoints import Checkpoints, keep_signing, load_key
 from activities.services.claims import Claims
-from activities.services.content import ContentStore
+from activities.services.content import ContentStore, guard
 from activities.services.database import Database
 from activities.services.identities import Identities
 from activities.services.indexing import keep_indexed, keep_swept
@@ -45,6 +45,7 @@ from activities.services.requests import Requests
 from activities.services.router import Answerer
 from activities.services.routes import Routes
 from activities.services.site_server import SiteServer
+from activities.services.vault import load_keys
 from activities.services.vectors import ExactVectors
 from activities.services.witnesses import witnesses
 from activities.tiers.base import Embedder, Endpoint
@@ -101,7 +102,8 @@ async def role(
     """Run one role for as long as the block lasts."""
     async with AsyncExitStack() as stack:
         parts = parts or Parts()
-        database = parts.database(settings.database_url)
+        keys = load_keys(settings.encryption, settings.data)
+        database = guard(parts.database(settings.database_url), keys)
         stack.callback(database.close)
         composer = _Composer(client, settings, database, parts, stack)
         for worker in await composer.compose(name):
@@ -249,7 +251,10 @@ class _Composer:
     def _checkpoints(self) -> Checkpoints:
         ledger, data = self._settings.ledger, self._settings.data
         kept_by = witnesses(ledger.witnesses, data, utc_now)
-        return Checkpoints(self._database, load_key(data), ledger.origin, kept_by)
+        # A connection of its own: signing is no step of a run, and does not wait behind those that are.
+        database = Database(self._settings.database_url)
+        self._stack.callback(database.close)
+        return Checkpoints(database, load_key(data), ledger.origin, kept_by)
 
     async def _background(self, run: Callable[..., Any], *arguments: Any) -> None:
         stop = asyncio.Event()
