@@ -17,6 +17,7 @@ PASSED_THROUGH = (
     "workflows.journal",
     "workflows.approval",
     "workflows.saga",
+    "workflows.messages",
     "workflows.policies",
     "pydantic",
     "pydantic_core",

@@ -17,7 +17,7 @@ from activities.routing import Routing
 from models.agent import AgentSpec
 from models.card import answer_json
 from models.errors import AllTiersFailed, CountersignError, Declined, InvalidInput, OutputInvalid
-from models.gate import Judged, Kind, Refusal, Standing, read_message
+from models.gate import Standing
 from models.inference import Answered, Ask, Call
 from models.ledger import event_id
 from models.loop import Cost, Outcome, Plan, Proposal, Ref, Request, Status, sum_costs
@@ -28,6 +28,7 @@ from models.visibility import MEMO_ANSWER, MEMO_CARD, MEMO_DIGEST, Attribute, St
 from workflows import policies
 from workflows.approval import Approval
 from workflows.journal import Journal
+from workflows.messages import Messages
 from workflows.saga import Carried, Saga, to_the_end
 
 T = TypeVar("T")
@@ -56,7 +57,7 @@ NOTHING_STANDS = frozenset(
 """Ends that say that nothing of the request was done."""
 
 
-class Loop:
+class Loop(Messages):
     """Every agent's workflow; derive and add `@workflow.defn`, `@workflow.init` and `@workflow.run`."""
 
     SPEC: ClassVar[AgentSpec]
@@ -110,63 +111,7 @@ class Loop:
         """What is worth remembering of this run."""
         return ()
 
-    # Messages.
-
-    @workflow.signal(name="approve", description="Approve the waiting intent: {digest, approver}")
-    async def approve(self, *payloads: Any) -> None:
-        """Count an approval."""
-        await self.approval.take(Kind.APPROVE, payloads)
-
-    @workflow.signal(name="reject", description="Reject the waiting intent: {digest, approver, comment?}")
-    async def reject(self, *payloads: Any) -> None:
-        """End the run without an effect."""
-        await self.approval.take(Kind.REJECT, payloads)
-
-    @workflow.signal(name="revise", description="Ask for another proposal: {digest, approver, comment}")
-    async def revise(self, *payloads: Any) -> None:
-        """Send the proposal back with feedback."""
-        await self.approval.take(Kind.REVISE, payloads)
-
-    @workflow.signal(name="delegate", description="Let somebody else answer: {digest, approver, to}")
-    async def delegate(self, *payloads: Any) -> None:
-        """Hand the question on."""
-        await self.approval.take(Kind.DELEGATE, payloads)
-
-    @workflow.update(name="decide_approve", description="As signal approve, and says whether it counted")
-    async def decide_approve(self, *payloads: Any) -> Judged:
-        """Count an approval and say so."""
-        return await self.approval.take(Kind.APPROVE, payloads)
-
-    @workflow.update(name="decide_reject", description="As signal reject, and says whether it counted")
-    async def decide_reject(self, *payloads: Any) -> Judged:
-        """Count a rejection and say so."""
-        return await self.approval.take(Kind.REJECT, payloads)
-
-    @workflow.update(name="decide_revise", description="As signal revise, and says whether it counted")
-    async def decide_revise(self, *payloads: Any) -> Judged:
-        """Count a wish for another proposal and say so."""
-        return await self.approval.take(Kind.REVISE, payloads)
-
-    @workflow.update(name="decide_delegate", description="As signal delegate, and says whether it counted")
-    async def decide_delegate(self, *payloads: Any) -> Judged:
-        """Count a delegation and say so."""
-        return await self.approval.take(Kind.DELEGATE, payloads)
-
-    @decide_approve.validator
-    def _shape_of_approve(self, *payloads: Any) -> None:
-        _well_formed(Kind.APPROVE, payloads)
-
-    @decide_reject.validator
-    def _shape_of_reject(self, *payloads: Any) -> None:
-        _well_formed(Kind.REJECT, payloads)
-
-    @decide_revise.validator
-    def _shape_of_revise(self, *payloads: Any) -> None:
-        _well_formed(Kind.REVISE, payloads)
-
-    @decide_delegate.validator
-    def _shape_of_delegate(self, *payloads: Any) -> None:
-        _well_formed(Kind.DELEGATE, payloads)
+    # Queries.
 
     @workflow.query(name="status", description="Where the run stands")
     def status(self) -> dict[str, Any]:
@@ -441,13 +386,6 @@ class Loop:
         if self._put >= self.SPEC.revisions_per_run or workflow.info().is_continue_as_new_suggested():
             await workflow.wait_condition(workflow.all_handlers_finished)
             workflow.continue_as_new(self.request)
-
-
-def _well_formed(kind: Kind, payloads: tuple[Any, ...]) -> None:
-    """Refuse an update whose shape is wrong; everything else is judged and recorded."""
-    message = read_message(kind, payloads)
-    if isinstance(message, Refusal):
-        raise ApplicationError(f"{message.field}: {message.remedy}", type="InvalidInput", non_retryable=True)
 
 
 def _readable(error: BaseException) -> BaseException:
