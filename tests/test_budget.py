@@ -173,7 +173,7 @@ async def test_a_settled_call_that_is_tried_again_needs_room_again(books):
     await books.reserve(hold("one", 600_000), ACCOUNTS)
     await books.settle("acme", "one", [spent()])
     await books.reserve(hold("one", 600_000), ACCOUNTS)
-    assert await standing(books) == [(600_000, 0)]
+    assert await standing(books) == [(700_000, 0)]
     await books.settle("acme", "one", [spent(name="again", amount=50_000)])
     assert await standing(books) == [(0, 150_000)]
     await books.reserve(hold("two", 800_000), ACCOUNTS)

@@ -20,12 +20,15 @@ from activities.services.cache import Cache
 from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.migrations import migrate
-from activities.services.router import Answerer, Examined, Till, best_of, schema_objections
+from activities.services.questions import Examined, best_of, schema_objections
+from activities.services.router import Answerer
+from activities.services.till import Till
 from activities.tiers.scripted import Scripted
 from activities.tiers.tgi import Tgi
 from activities.tiers.wire import http_client
 from models.budget import Budget, accounts_of
 from models.errors import (
+    BudgetExceeded,
     DeadlineMissed,
     InvalidInput,
     OutputInvalid,
@@ -400,7 +403,7 @@ async def test_the_activity_answers_and_heartbeats_while_it_thinks():
     beaten = asyncio.Event()
 
     class Thinking:
-        async def answer(self, tenant, call, tier):
+        async def answer(self, tenant, call, tier, grant=None, attempt=1):
             await beaten.wait()
             return Answered(text=REF, tier=tier, model="m")
 
@@ -415,7 +418,7 @@ async def test_cancelling_the_activity_cancels_the_call():
     started, stopped = asyncio.Event(), asyncio.Event()
 
     class Endless:
-        async def answer(self, tenant, call, tier):
+        async def answer(self, tenant, call, tier, grant=None, attempt=1):
             started.set()
             try:
                 await asyncio.Event().wait()
@@ -654,3 +657,34 @@ async def test_a_kept_answer_is_not_for_a_call_of_another_tenant_or_class(databa
     assert not (await ask(answerer, data_class=DataClass.PUBLIC)).cached
     assert not (await answerer.answer("other", Call(task="title"), "edge")).cached
     assert len(scripted.prompts) == 3
+
+
+async def test_tries_that_fail_again_and_again_run_out_of_money_and_never_past_the_cap(database):
+    answerer, scripted = shipped(database, [AWAY] * 100)
+    grant = await granted(database, worst=1_000)
+    caps = {account.name: account.cap for account in EUR}
+    rest = Hold("acme", "rest", "run", "content", "title", caps, "EUR", 998_500)
+    await Books(database, lambda: NOON).reserve(rest, EUR)
+    errors = []
+    for attempt in range(1, 16):
+        with pytest.raises((TierUnavailable, BudgetExceeded)) as caught:
+            await ask(answerer, grant, attempt=attempt)
+        errors.append(type(caught.value))
+        held, spent = await booked(database)
+        assert held + spent <= EUR[0].cap
+    assert errors[0] is TierUnavailable
+    assert errors[-1] is BudgetExceeded
+    assert len(scripted.prompts) == errors.count(TierUnavailable)
+
+
+async def test_an_attempt_that_was_refused_money_is_not_counted_as_one_that_died(database):
+    answerer, _ = shipped(database, [AWAY] * 100)
+    grant = await granted(database, worst=100)
+    caps = {account.name: account.cap for account in EUR}
+    rest = Hold("acme", "rest", "run", "content", "title", caps, "EUR", 999_900)
+    await Books(database, lambda: NOON).reserve(rest, EUR)
+    for attempt in (2, 3, 4):
+        with pytest.raises(BudgetExceeded):
+            await ask(answerer, grant, attempt=attempt)
+    first_alone = (await booked(database))[1]
+    assert 0 < first_alone < 1_000

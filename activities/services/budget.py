@@ -30,6 +30,8 @@ RESERVATION = table(ReservationRow)
 CALL = table(ModelCall)
 LEASE = timedelta(minutes=30)
 """Longer than all tiers of a chain may take."""
+BEGUN = "/begun"
+"""How the id of a row ends that is no try, but says that one had money."""
 SWEEP = 100
 """Leases ended in one go; the next call ends the rest."""
 
@@ -148,23 +150,40 @@ def reserve_in(link: Connection, hold: Hold, now: datetime, lease: timedelta = L
 
 
 def resume_in(
-    link: Connection, tenant: str, reservation: str, now: datetime, lease: timedelta = LEASE
+    link: Connection, tenant: str, reservation: str, needed: int, now: datetime, lease: timedelta = LEASE
 ) -> Account | None:
-    """Hold the money of a settled reservation again, for a call that is tried once more all the same.
+    """Make sure that a call that is tried once more has money for it, whatever became of what it had.
 
-    Somebody may settle and die before saying so. Returns the account that has no room, if there is one.
+    Somebody may settle and die before saying so; tries may die until nothing is left of what was held.
+    Returns the account that has no room, if there is one.
     """
     row = link.execute(_RESERVED, {"of": tenant, "named": reservation}).first()
-    if row is None or row.state != State.SETTLED:
+    if row is None:
+        return None
+    settled = row.state == State.SETTLED
+    more = max(0, needed - (0 if settled else row.worst - row.spent))
+    if not more:
         return None
     caps: dict[str, int] = json.loads(row.accounts)
     accounts = [Account(name=name, currency=row.currency, cap=cap) for name, cap in caps.items()]
     for account in opened_in(link, accounts):
-        if account.left < row.worst - row.spent:
+        if account.left < more:
             return account
-    _move(link, caps, held=row.worst, spent=-row.spent)
-    values = {"state": State.HELD, "expires_at": to_micros(now + lease)}
-    link.execute(update(RESERVATION).where(_is(tenant, reservation)).values(**values))
+    if settled:
+        _move(link, caps, held=row.spent + more, spent=-row.spent)
+    elif row.state == State.HELD:
+        _move(link, caps, held=more)
+    else:
+        _move(link, caps, spent=more)
+    link.execute(
+        update(RESERVATION)
+        .where(_is(tenant, reservation))
+        .values(
+            state=State.HELD if settled else row.state,
+            worst=(row.spent if settled else row.worst) + more,
+            expires_at=to_micros(now + lease),
+        )
+    )
     return None
 
 
@@ -273,11 +292,17 @@ class Books:
         """How accounts stand."""
         return await self._database.read(lambda link: _standing(link, accounts))
 
+    def _again(self, link: Connection, hold: Hold, now: datetime) -> Account | None:
+        row = link.execute(_RESERVED, {"of": hold.tenant, "named": hold.id}).one()
+        if row.state != State.SETTLED:
+            return None
+        return resume_in(link, hold.tenant, hold.id, hold.worst, now, self._lease)
+
     def _try(self, link: Connection, hold: Hold, accounts: Sequence[Account]) -> Account | None:
         now = self._clock()
         known = link.execute(select(RESERVATION.c.id).where(_is(hold.tenant, hold.id))).first()
         if known is not None:
-            return resume_in(link, hold.tenant, hold.id, now, self._lease)
+            return self._again(link, hold, now)
         expire_in(link, now)
         for account in opened_in(link, accounts):
             if account.left < hold.worst:

@@ -11,24 +11,25 @@ import asyncio
 import json
 import random
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
-
-from jsonschema import Draft202012Validator
-from sqlalchemy import Connection
+from datetime import UTC, datetime
+from typing import Protocol
 
 from activities.services.admission import Admission
 from activities.services.breaker import Breaker, Breakers, Pass, Sign, sign_of_error
-from activities.services.budget import Spent, pay_in, refuse, resume_in, tried_in
-from activities.services.cache import Cache, Key, Scope, key_of, put_in
-from activities.services.content import put_blob
-from activities.services.database import Database
+from activities.services.cache import Cache, Key, Scope, key_of
+from activities.services.questions import (
+    Examined,
+    Question,
+    best_of,
+    permit,
+    refusal,
+    repair,
+    retold,
+)
+from activities.services.till import Till, Try
 from activities.tiers.base import Endpoint
-from models.budget import micros
 from models.canonical import digest_of
 from models.errors import (
     CountersignError,
@@ -38,8 +39,6 @@ from models.errors import (
     IdentityChanged,
     InvalidInput,
     OutputInvalid,
-    PolicyDenied,
-    RateLimited,
     TierUnavailable,
     UnknownName,
 )
@@ -48,23 +47,15 @@ from models.inference import (
     Call,
     Completion,
     Grant,
-    Inputs,
     Message,
-    Needs,
     Prompt,
     Task,
-    attempt_of,
 )
 from models.loop import Cost, Ref
-from models.routing import REPAIR_TOKENS, RoutePolicy, allowance, needs_of, price, prompt_tokens, unsuitable
+from models.routing import REPAIR_TOKENS, RoutePolicy, needs_of, price
 from models.settings import TaskSettings, TierSettings
 
-JSON = "application/json"
-TEXT = "text/plain; charset=utf-8"
-MOST_OBJECTIONS = 5
-REPAIR = "That answer cannot be used:\n{objections}\nAnswer again in full and correct only this."
 PROBE = Prompt(messages=(Message(role="user", content="Say yes."),), max_tokens=1, temperature=0)
-RETOLD = "An earlier answer could not be used:\n{objections}\nAvoid this."
 
 
 class Contents(Protocol):
@@ -77,183 +68,6 @@ class Contents(Protocol):
     async def put(self, tenant: str, data: bytes, media_type: str = ...) -> Ref:
         """Keep bytes and name them."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Examined:
-    """One answer and what is wrong with it."""
-
-    completion: Completion
-    text: str
-    objections: tuple[str, ...]
-    usable: bool
-    """Fit to be shown to a person, objections and all; an answer that breaks its schema is not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A task with its texts read and its prompt built."""
-
-    task: Task
-    call: Call
-    inputs: Inputs
-    prompt: Prompt
-    own: Needs
-    """The hard constraints of this prompt."""
-    cache_seconds: int = 0
-    """How long the answer may be given again."""
-
-    @property
-    def mode(self) -> str:
-        """How the server is asked; one way may fail while another works."""
-        return "text" if self.schema is None else "json"
-
-    @property
-    def media_type(self) -> str:
-        """What the answer is."""
-        return TEXT if self.schema is None else JSON
-
-    def needs(self, again: Prompt) -> Needs:
-        """The hard constraints of a prompt that asks the same again: only its length differs."""
-        tokens = prompt_tokens(again) + again.max_tokens
-        return self.own.model_copy(update={"context_tokens": tokens, "answer_tokens": again.max_tokens})
-
-    @property
-    def schema(self) -> dict[str, Any] | None:
-        """What the answer must satisfy."""
-        return self.prompt.answer_schema
-
-    def examine(self, completion: Completion) -> Examined:
-        """Judge an answer: cut off, then schema, then the task's own check."""
-        text = completion.text.strip()
-        cut = ()
-        if completion.finish == "length":
-            cut = (f"it was cut off after {completion.completion_tokens} tokens; make it shorter",)
-        broken = () if self.schema is None else schema_objections(text, self.schema)
-        if broken:
-            return Examined(completion, text, cut or broken, usable=False)
-        objections = cut + self.task.check(text, self.inputs, self.call.params)
-        return Examined(completion, text, objections, usable=True)
-
-
-@dataclass(slots=True)
-class _Try:
-    """One activity attempt at one tier: what it may do, and what it did so far."""
-
-    tenant: str
-    tier: TierSettings
-    question: Question
-    grant: Grant
-    number: int
-    spent: list[Spent] = field(default_factory=list[Spent])
-
-    def note(self, completion: Completion) -> None:
-        amount, currency = price(self.tier, completion.prompt_tokens, completion.completion_tokens)
-        self._add(
-            model=completion.model,
-            milliseconds=completion.milliseconds,
-            prompt_tokens=completion.prompt_tokens,
-            completion_tokens=completion.completion_tokens,
-            micros=None if amount is None else micros(amount),
-            currency=currency,
-        )
-
-    def failed(self, error: BaseException, prompt: Prompt) -> None:
-        """A try without an answer: free if the server never worked on it, else unknown, so at its worst."""
-        attempt = attempt_of(error)
-        refused = isinstance(error, RateLimited | InvalidInput | CredentialsRejected | IdentityChanged)
-        free = refused or (attempt is not None and not attempt.sent)
-        self._add(usable=False, micros=0 if free else self._worst(prompt), currency=self.tier.currency)
-
-    def unusable(self) -> None:
-        """The answers of this try helped nobody."""
-        self.spent = [replace(one, usable=False) for one in self.spent]
-
-    def vanished(self, known: Sequence[str]) -> list[Spent]:
-        """Earlier tries here that ended with their process: what they took is unknown, so at its worst."""
-        reported = {name.rpartition("/")[0] for name in known}
-        earlier = [self._name(number) for number in range(1, self.number)]
-        paid = allowance(self.question.own, self.tier)
-        return [
-            self._spent(f"{name}/0", usable=False, micros=paid, currency=self.tier.currency)
-            for name in earlier
-            if name not in reported
-        ]
-
-    def _worst(self, prompt: Prompt) -> int | None:
-        needs = self.question.needs(prompt)
-        amount, _ = price(self.tier, needs.context_tokens - prompt.max_tokens, prompt.max_tokens)
-        return None if amount is None else micros(amount)
-
-    def _name(self, number: int) -> str:
-        return f"{self.grant.reservation}/{self.tier.name}/{number}"
-
-    def _add(self, **more: Any) -> None:
-        paid = self.grant.reservation is not None
-        name = f"{self._name(self.number)}/{len(self.spent)}" if paid else uuid.uuid4().hex
-        self.spent.append(self._spent(name, **more))
-
-    def _spent(self, name: str, **more: Any) -> Spent:
-        unknown: dict[str, Any] = {"model": "", "milliseconds": 0, "prompt_tokens": 0, "completion_tokens": 0}
-        return Spent(
-            id=name,
-            tenant=self.tenant,
-            tier=self.tier.name,
-            task=self.question.task.name,
-            reservation=self.grant.reservation,
-            **(unknown | more),
-        )
-
-
-class Till:
-    """Where answers are kept and paid for, each in one transaction."""
-
-    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
-        """The clock says when a call was made."""
-        self._database = database
-        self._clock = clock
-
-    async def keep(
-        self, tried: _Try, answered: Callable[[Ref], Answered], text: str, cache: tuple[Key, int] | None
-    ) -> Answered:
-        """Store the text, note and settle what it took, and keep it for identical calls."""
-
-        def work(link: Connection) -> Answered:
-            made = answered(put_blob(link, tried.tenant, text.encode(), tried.question.media_type))
-            self._pay(link, tried, settle=True)
-            if cache is not None:
-                key, seconds = cache
-                put_in(link, key, made, tried.question.task.name, self._clock() + timedelta(seconds=seconds))
-            return made
-
-        return await self._database.write(work)
-
-    async def resume(self, tenant: str, reservation: str, worst: int | None) -> None:
-        """Hold the money again, if an earlier attempt settled it and died before it could say so.
-
-        Raises:
-            BudgetExceeded: others have taken it since.
-        """
-        short = await self._database.write(lambda link: resume_in(link, tenant, reservation, self._clock()))
-        if short is not None:
-            raise refuse(short, worst or 0)
-
-    async def settle(self, tenant: str, reservation: str) -> None:
-        """Give back what a reservation holds beyond what was spent."""
-        await self._database.write(
-            lambda link: pay_in(link, tenant, reservation, (), self._clock(), settle=True)
-        )
-
-    async def pay(self, tried: _Try, settle: bool) -> None:
-        """Note what a call took that gave no new answer."""
-        if tried.spent or (settle and tried.grant.reservation is not None):
-            await self._database.write(lambda link: self._pay(link, tried, settle))
-
-    def _pay(self, link: Connection, tried: _Try, settle: bool) -> None:
-        reservation, spent = tried.grant.reservation, list(tried.spent)
-        if reservation is not None and tried.number > 1:
-            spent += tried.vanished(tried_in(link, tried.tenant, reservation))
-        pay_in(link, tried.tenant, reservation, spent, self._clock(), settle)
 
 
 class Answerer:
@@ -313,10 +127,11 @@ class Answerer:
         settings = self._tier(tier)
         async with self._in_time(tenant, call, grant):
             question = await self._question(tenant, call)
-            tried = _Try(tenant, settings, question, grant, attempt)
+            tried = Try(tenant, settings, question, grant, attempt)
             try:
                 permit(settings, question, question.prompt)
-                await self._resume(tried)
+                if self._till is not None:
+                    await self._till.resume(tried)
                 return await self._shared(tried)
             except BaseException as error:
                 if _is_last_word(error):
@@ -365,7 +180,7 @@ class Answerer:
         needs = needs_of(task, call, prompt, inputs, wanted)
         return Question(task, call, inputs, prompt, needs, seconds)
 
-    async def _shared(self, tried: _Try) -> Answered:
+    async def _shared(self, tried: Try) -> Answered:
         """From the cache, from an identical call under way, or from the tier."""
         key = self._key(tried, self._models[tried.tier.name])
         if self._cache is None or key is None:
@@ -377,7 +192,7 @@ class Answerer:
         await self._book(tried, settle=True)
         return answered.model_copy(update={"cost": _nothing(tried.tier)})
 
-    def _key(self, tried: _Try, model: str) -> Key | None:
+    def _key(self, tried: Try, model: str) -> Key | None:
         question = tried.question
         if self._cache is None or question.cache_seconds == 0:
             return None
@@ -393,7 +208,7 @@ class Answerer:
         )
         return key_of(scope, question.prompt)
 
-    async def _made(self, tried: _Try) -> Answered:
+    async def _made(self, tried: Try) -> Answered:
         """Ask the tier, and note what it took however it ends."""
         try:
             return await self._kept(tried)
@@ -401,7 +216,7 @@ class Answerer:
             await self._book(tried, settle=False)
             raise
 
-    async def _kept(self, tried: _Try) -> Answered:
+    async def _kept(self, tried: Try) -> Answered:
         tier, question = tried.tier, tried.question
         answers = await self._asked(tried)
         best = best_of(answers)
@@ -428,7 +243,7 @@ class Answerer:
         kept = None if key is None else (key, question.cache_seconds)
         return await self._till.keep(tried, answered, best.text, kept)
 
-    async def _asked(self, tried: _Try) -> list[Examined]:
+    async def _asked(self, tried: Try) -> list[Examined]:
         tier = tried.tier.name
         breaker = self._breakers.of(tier, self._models[tier], tried.question.mode)
         schemas = self._schemas(tried)
@@ -449,7 +264,7 @@ class Answerer:
             _judge(after, best_of(answers).usable, judging)
         return answers
 
-    def _schemas(self, tried: _Try) -> Breaker | None:
+    def _schemas(self, tried: Try) -> Breaker | None:
         """The breaker of structured output: this schema, on this tier, with this model."""
         schema, tier = tried.question.schema, tried.tier.name
         if schema is None:
@@ -482,7 +297,7 @@ class Answerer:
         else:
             breaker.probed(alive=True)
 
-    async def _ask(self, tried: _Try, breaker: Breaker) -> list[Examined]:
+    async def _ask(self, tried: Try, breaker: Breaker) -> list[Examined]:
         question = tried.question
         first = question.examine(await self._complete(tried, breaker, question.prompt))
         if not first.objections:
@@ -492,7 +307,7 @@ class Answerer:
                 return [first, question.examine(await self._complete(tried, breaker, again))]
         return [first]
 
-    async def _complete(self, tried: _Try, breaker: Breaker, prompt: Prompt) -> Completion:
+    async def _complete(self, tried: Try, breaker: Breaker, prompt: Prompt) -> Completion:
         tier = tried.tier.name
         door = self._doors[tier]
         if tried.grant.deadline is not None and self._clock() >= tried.grant.deadline:
@@ -513,67 +328,13 @@ class Answerer:
         tried.note(completion)
         return completion
 
-    async def _resume(self, tried: _Try) -> None:
-        reservation = tried.grant.reservation
-        if self._till is not None and reservation is not None and tried.number > 1:
-            await self._till.resume(tried.tenant, reservation, allowance(tried.question.own, tried.tier))
-
     async def _end(self, tenant: str, grant: Grant) -> None:
         if self._till is not None and grant.reservation is not None:
             await self._till.settle(tenant, grant.reservation)
 
-    async def _book(self, tried: _Try, settle: bool) -> None:
+    async def _book(self, tried: Try, settle: bool) -> None:
         if self._till is not None:
             await self._till.pay(tried, settle)
-
-
-def permit(tier: TierSettings, question: Question, prompt: Prompt) -> None:
-    """Apply the hard constraints to the very prompt that would be sent.
-
-    Raises:
-        PolicyDenied: the tier may not take it.
-    """
-    reason = refusal(tier, question, prompt)
-    if reason:
-        raise PolicyDenied(
-            f"{question.task.name}: {tier.name} may not take this call, {reason}; route it again"
-        )
-
-
-def refusal(tier: TierSettings, question: Question, prompt: Prompt) -> str | None:
-    """Why the tier may not take this prompt; `None` if it may."""
-    return unsuitable(question.needs(prompt), tier)
-
-
-def repair(prompt: Prompt, answer: Examined) -> Prompt:
-    """The same question, followed by the answer and what is wrong with it."""
-    turns = (
-        Message(role="assistant", content=answer.text),
-        Message(role="user", content=REPAIR.format(objections=_listed(answer))),
-    )
-    return prompt.model_copy(update={"messages": (*prompt.messages, *turns)})
-
-
-def retold(prompt: Prompt, answer: Examined) -> Prompt:
-    """The same question with only the objections, for an answer too long to be quoted."""
-    *before, last = prompt.messages
-    content = f"{last.content}\n\n{RETOLD.format(objections=_listed(answer))}"
-    return prompt.model_copy(update={"messages": (*before, Message(role=last.role, content=content))})
-
-
-def best_of(answers: Sequence[Examined]) -> Examined:
-    """The usable one with the fewest objections; of equals the later, which knew more."""
-    return min(reversed(answers), key=lambda answer: (not answer.usable, len(answer.objections)))
-
-
-def schema_objections(text: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
-    """What in a JSON text breaks the schema: where and which rule, never the text itself."""
-    try:
-        value = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return ("it is not valid JSON",)
-    errors = Draft202012Validator(schema).iter_errors(value)
-    return tuple(_objection(error) for error, _ in zip(errors, range(MOST_OBJECTIONS), strict=False))
 
 
 def cost_of(tier: TierSettings, completions: Sequence[Completion]) -> Cost:
@@ -589,19 +350,6 @@ def cost_of(tier: TierSettings, completions: Sequence[Completion]) -> Cost:
     )
 
 
-def _listed(answer: Examined) -> str:
-    return "\n".join(f"- {objection}" for objection in answer.objections)
-
-
-def _objection(error: Any) -> str:
-    rule = json.dumps(error.validator_value, ensure_ascii=False)
-    return f"{error.json_path}: breaks {error.validator} {rule[:120]}"
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _nothing(tier: TierSettings) -> Cost:
     """What an answer costs that was there already; in no currency where the tier has none."""
     amount = "0" if tier.currency is not None else None
@@ -615,7 +363,7 @@ def _is_last_word(error: BaseException) -> bool:
     )
 
 
-def _is_paid_for(tried: _Try, again: Prompt) -> bool:
+def _is_paid_for(tried: Try, again: Prompt) -> bool:
     """Whether the money that is held covers asking again; see `models.routing.allowance`."""
     if tried.grant.reservation is None:
         return True

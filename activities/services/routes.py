@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, bindparam, select
 
 from activities.services.breaker import Breakers, Sign
-from activities.services.budget import Hold, expire_in, opened_in, pay_in, reserve_in
+from activities.services.budget import BEGUN, Hold, expire_in, opened_in, pay_in, reserve_in
 from activities.services.cache import Cache, Scope, key_of
 from activities.services.content import JSON, ContentStore, get_blob, put_blob
 from activities.services.database import Database
@@ -113,7 +113,8 @@ class Measurements:
         return known.model_copy(update={"suspended": True}) if open_here else known
 
     def _measured(self, link: Connection, task: str) -> Mapping[str, Telemetry]:
-        query = select(CALL).where(CALL.c.task == task).order_by(CALL.c.called_at.desc()).limit(SEEN)
+        tries = (CALL.c.task == task) & ~CALL.c.id.endswith(BEGUN)
+        query = select(CALL).where(tries).order_by(CALL.c.called_at.desc()).limit(SEEN)
         rows = link.execute(query).all()
         return {
             tier.name: telemetry_of(tier, [row for row in rows if row.tier == tier.name])

@@ -30,8 +30,9 @@ from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.ledger_store import EVENT, LedgerStore
 from activities.services.migrations import migrate
-from activities.services.router import Answerer, Till
+from activities.services.router import Answerer
 from activities.services.routes import Routes
+from activities.services.till import Till
 from models.budget import Account, Budget, accounts_of, amount_of, micros
 from models.canonical import derived_id
 from models.errors import BudgetExceeded
@@ -132,9 +133,11 @@ class Worker:
         till = Till(database, now)
         self._answerer = Answerer([TIER], {"paid": Server(folder, death)}, tasks, content, till=till)
         self._done = os.open(folder / "done", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._starts = os.open(folder / "starts", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._started = Counter((folder / "starts").read_text().split())
         self._death = death
 
-    async def call(self, number: int, attempt: int) -> None:
+    async def call(self, number: int) -> None:
         """One call, as a workflow makes it."""
         workflow, call = f"run-{number}", Call(task=TASK, params={"number": number})
         event = derived_id("event", workflow)
@@ -142,16 +145,17 @@ class Worker:
         try:
             routed = await self._routes.route(order)
             self._death.at("routed")
-            await self._answerer.answer("acme", call, "paid", routed.grant, attempt)
+            os.write(self._starts, f"{number}\n".encode())
+            await self._answerer.answer("acme", call, "paid", routed.grant, self._started[str(number)] + 1)
             said = "answered"
         except BudgetExceeded:
             said = "refused"
         self._death.at("answered")
         os.write(self._done, f"{number} {said}\n".encode())
 
-    async def run(self, numbers: Sequence[int], attempt: int) -> None:
+    async def run(self, numbers: Sequence[int]) -> None:
         """All at once."""
-        await asyncio.gather(*(self.call(number, attempt) for number in numbers))
+        await asyncio.gather(*(self.call(number) for number in numbers))
         self.database.close()
 
 
@@ -165,11 +169,11 @@ def url(folder: Path) -> str:
     return f"sqlite:///{folder / 'books.db'}"
 
 
-def work(folder: Path, share: int, shares: int, calls: int, cap: str, death: Death, attempt: int) -> None:
+def work(folder: Path, share: int, shares: int, calls: int, cap: str, death: Death) -> None:
     """Do what is not done of a share."""
     done = set(read_done(folder))
     numbers = [number for number in range(share, calls, shares) if number not in done]
-    asyncio.run(Worker(folder, cap, death).run(numbers, attempt))
+    asyncio.run(Worker(folder, cap, death).run(numbers))
 
 
 def read_done(folder: Path) -> dict[int, str]:
@@ -190,7 +194,7 @@ def trial(folder: Path, calls: int, shares: int, deaths: int, cap: str) -> dict[
             times = 0 if attempt > deaths else 1 + (share * 7 + attempt * 3) % max(1, calls // shares // 4)
             step = STEPS[(share + attempt) % len(STEPS)]
             argv = ["--folder", str(folder), "--share", str(share), "--shares", str(shares)]
-            argv += ["--calls", str(calls), "--cap", cap, "--die", f"{step}:{times}", "--try", str(attempt)]
+            argv += ["--calls", str(calls), "--cap", cap, "--die", f"{step}:{times}"]
             running.append(subprocess.Popen([sys.executable, "-m", "scripts.bench.budget", *argv]))
         codes = [process.wait() for process in running]
         kills += sum(code == -signal.SIGKILL for code in codes)
@@ -266,12 +270,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--die", default=":0", help=argparse.SUPPRESS)
-    parser.add_argument("--try", dest="attempt", type=int, default=1, help=argparse.SUPPRESS)
     given = parser.parse_args(argv)
     if given.share is not None:
         step, _, times = given.die.partition(":")
         death = Death(step, int(times))
-        work(given.folder, given.share, given.shares, given.calls, given.cap, death, given.attempt)
+        work(given.folder, given.share, given.shares, given.calls, given.cap, death)
         return 0
     with tempfile.TemporaryDirectory() as folder:
         report = trial(Path(folder), given.calls, given.shares, given.deaths, given.cap)

@@ -34,8 +34,9 @@ from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate
-from activities.services.router import Answerer, Till
+from activities.services.router import Answerer
 from activities.services.routes import Routes
+from activities.services.till import Till
 from activities.tiers.base import Endpoint
 from models.budget import Account, Budget
 from models.inference import Answered, Call, Completion, DataClass, Inputs, Message, Params, Prompt, Task

@@ -1,0 +1,140 @@
+"""One question and its answers: how it is asked, judged, and asked again. Pure but for the schema's rules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from models.errors import PolicyDenied
+from models.inference import Call, Completion, Inputs, Message, Needs, Prompt, Task
+from models.routing import prompt_tokens, unsuitable
+from models.settings import TierSettings
+
+JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+MOST_OBJECTIONS = 5
+REPAIR = "That answer cannot be used:\n{objections}\nAnswer again in full and correct only this."
+RETOLD = "An earlier answer could not be used:\n{objections}\nAvoid this."
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """One answer and what is wrong with it."""
+
+    completion: Completion
+    text: str
+    objections: tuple[str, ...]
+    usable: bool
+    """Fit to be shown to a person, objections and all; an answer that breaks its schema is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A task with its texts read and its prompt built."""
+
+    task: Task
+    call: Call
+    inputs: Inputs
+    prompt: Prompt
+    own: Needs
+    """The hard constraints of this prompt."""
+    cache_seconds: int = 0
+    """How long the answer may be given again."""
+
+    @property
+    def mode(self) -> str:
+        """How the server is asked; one way may fail while another works."""
+        return "text" if self.schema is None else "json"
+
+    @property
+    def media_type(self) -> str:
+        """What the answer is."""
+        return TEXT if self.schema is None else JSON
+
+    def needs(self, again: Prompt) -> Needs:
+        """The hard constraints of a prompt that asks the same again: only its length differs."""
+        tokens = prompt_tokens(again) + again.max_tokens
+        return self.own.model_copy(update={"context_tokens": tokens, "answer_tokens": again.max_tokens})
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """What the answer must satisfy."""
+        return self.prompt.answer_schema
+
+    def examine(self, completion: Completion) -> Examined:
+        """Judge an answer: cut off, then schema, then the task's own check."""
+        text = completion.text.strip()
+        cut = ()
+        if completion.finish == "length":
+            cut = (f"it was cut off after {completion.completion_tokens} tokens; make it shorter",)
+        broken = () if self.schema is None else schema_objections(text, self.schema)
+        if broken:
+            return Examined(completion, text, cut or broken, usable=False)
+        objections = cut + self.task.check(text, self.inputs, self.call.params)
+        return Examined(completion, text, objections, usable=True)
+
+
+def permit(tier: TierSettings, question: Question, prompt: Prompt) -> None:
+    """Apply the hard constraints to the very prompt that would be sent.
+
+    Raises:
+        PolicyDenied: the tier may not take it.
+    """
+    reason = refusal(tier, question, prompt)
+    if reason:
+        raise PolicyDenied(
+            f"{question.task.name}: {tier.name} may not take this call, {reason}; route it again"
+        )
+
+
+def refusal(tier: TierSettings, question: Question, prompt: Prompt) -> str | None:
+    """Why the tier may not take this prompt; `None` if it may."""
+    return unsuitable(question.needs(prompt), tier)
+
+
+def repair(prompt: Prompt, answer: Examined) -> Prompt:
+    """The same question, followed by the answer and what is wrong with it."""
+    turns = (
+        Message(role="assistant", content=answer.text),
+        Message(role="user", content=REPAIR.format(objections=_listed(answer))),
+    )
+    return prompt.model_copy(update={"messages": (*prompt.messages, *turns)})
+
+
+def retold(prompt: Prompt, answer: Examined) -> Prompt:
+    """The same question with only the objections, for an answer too long to be quoted."""
+    *before, last = prompt.messages
+    content = f"{last.content}\n\n{RETOLD.format(objections=_listed(answer))}"
+    return prompt.model_copy(update={"messages": (*before, Message(role=last.role, content=content))})
+
+
+def best_of(answers: Sequence[Examined]) -> Examined:
+    """The usable one with the fewest objections; of equals the later, which knew more."""
+    return min(reversed(answers), key=lambda answer: (not answer.usable, len(answer.objections)))
+
+
+def schema_objections(text: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
+    """What in a JSON text breaks the schema: where and which rule, never the text itself."""
+    try:
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return ("it is not valid JSON",)
+    errors = Draft202012Validator(schema).iter_errors(value)
+    return tuple(_objection(error) for error, _ in zip(errors, range(MOST_OBJECTIONS), strict=False))
+
+
+def _listed(answer: Examined) -> str:
+    return "\n".join(f"- {objection}" for objection in answer.objections)
+
+
+def _objection(error: Any) -> str:
+    rule = json.dumps(error.validator_value, ensure_ascii=False)
+    return f"{error.json_path}: breaks {error.validator} {rule[:120]}"
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
