@@ -46,6 +46,7 @@ test: $(DEV) ## tests that need nothing but this environment
 
 test-real: $(DEV) ## tests against real programs
 	bash scripts/targets/hugo.sh
+	sh scripts/targets/weaviate.sh install
 	$(BIN)/pytest -m real
 
 lock: $(BIN)/.uv ## resolve the versions again
