@@ -12,6 +12,7 @@ import fcntl
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,6 +27,8 @@ from sqlalchemy.exc import DBAPIError
 T = TypeVar("T")
 BATCH = 128
 BUSY_MILLISECONDS = 30_000
+COURTESY_SECONDS = 1.0
+NAP_SECONDS = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,26 +191,36 @@ def _settle(done: list[_Done]) -> None:
 
 
 class _Turns:
-    """Processes that write to one SQLite file take turns by a lock that wakes whoever waits.
+    """Processes that write to one SQLite file take turns by a lock of their own.
 
-    SQLite itself only tries again after longer and longer naps, so that a busy process starves the others.
-    It stays correct without: the lock file is a courtesy among our own processes.
+    SQLite only tries again after longer and longer naps, so that a busy process starves the others. It stays
+    correct without: the lock is a courtesy, and whoever holds it for long, perhaps stopped, is not waited for.
     """
 
     def __init__(self, database: str | None) -> None:
         self._path = f"{database}-turns" if database and database != ":memory:" else None
         self._file: int | None = None
+        self._held = False
 
     def __enter__(self) -> None:
         if self._path is None:
             return
         if self._file is None:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        patience = time.monotonic() + COURTESY_SECONDS
+        while not self._take(self._file) and time.monotonic() < patience:
+            time.sleep(NAP_SECONDS)
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+        if self._held and self._file is not None:
             fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._held = False
+
+    def _take(self, file: int) -> bool:
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._held = True
+        return self._held
 
     def close(self) -> None:
         """Give the file back."""
