@@ -194,7 +194,7 @@ class _Turns:
     """Processes that write to one SQLite file take turns by a lock of their own.
 
     SQLite only tries again after longer and longer naps, so that a busy process starves the others. It stays
-    correct without: the lock is a courtesy, and whoever holds it for long, perhaps stopped, is not waited for.
+    correct without: the lock is a courtesy, and whoever holds it for long, perhaps stopped, is passed over.
     """
 
     def __init__(self, database: str | None) -> None:
