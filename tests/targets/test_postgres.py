@@ -20,7 +20,10 @@ from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate, state
 from activities.services.verifier import check_database
 from models.ledger import Append
+from models.loop import Status
+from models.settings import TemporalSettings
 from scripts.bench.ledger import check, killed
+from tests.conftest import a_key, note, settings_for, stack_of
 from tests.ledgers import TENANT, fill
 from tests.test_ledger_tree import draft
 
@@ -103,3 +106,12 @@ async def _rows(database: Database, table: str) -> int:
 def test_a_killed_writer_loses_nothing_it_acknowledged(url: str) -> None:
     result = killed(url, 5, random.Random(7))
     assert result["kept"] >= result["acknowledged"]
+
+
+async def test_the_whole_loop_runs_on_it(url: str, temporal: TemporalSettings, tmp_path: Path) -> None:
+    async with stack_of(settings_for(temporal, tmp_path, database=url)) as stack:
+        run = await stack.propose(a_key(), note())
+        assert (await stack.approve(run)).counted
+        assert (await run.handle.result()).status is Status.EXECUTED
+        assert len(stack.notes()) == 1
+        assert (await stack.types(run))[-1] == "outcome"
