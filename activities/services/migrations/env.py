@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from alembic import context
-from sqlmodel import SQLModel
 
-import models.tables  # noqa: F401 - fills the metadata
+from models import tables
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=SQLModel.metadata,
+    # Importing the tables is what fills it.
+    target_metadata=tables.SQLModel.metadata,
     render_as_batch=True,
 )
 with context.begin_transaction():
