@@ -19,6 +19,8 @@ class EventType(StrEnum):
     PLAN = "plan"
     INTENT = "intent"
     DELIVERY = "delivery"
+    NOTICE_FAILED = "notice_failed"
+    """An alert: a channel did not take a notice, and somebody may not know that something waits."""
     REMINDER = "reminder"
     VERDICT = "verdict"
     REFUSAL = "refusal"

@@ -10,6 +10,7 @@ from typing import Any
 from models.gate import Kind, Standing, Verdict, closes_at, standing
 from models.ledger import Entry, EventType
 from models.loop import Intent, Outcome, Receipt, Ref
+from models.notices import INBOX
 
 
 @dataclass(slots=True)
@@ -22,6 +23,12 @@ class Progress:
     """The intent that is open or was passed; `None` when a new one is needed."""
     last_digest: str | None = None
     delivered_at: datetime | None = None
+    """To the inbox."""
+    deliveries: dict[str, datetime] = field(default_factory=dict[str, datetime])
+    """The first one on each channel."""
+    notices: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
+    """Rounds and channels that are settled, delivered or not."""
+    reminded_at: datetime | None = None
     reminders: int = 0
     verdicts: list[Verdict] = field(default_factory=list[Verdict])
     automatic: bool = False
@@ -55,7 +62,8 @@ class Progress:
 
     def closes_at(self, intent: Intent) -> datetime:
         """When waiting ends."""
-        return closes_at(intent, self.delivered_at)
+        counts = (at for name, at in self.deliveries.items() if name in intent.gate.channels)
+        return closes_at(intent, min(counts, default=None))
 
     def _take(self, entry: Entry) -> None:
         body = entry.body
@@ -64,10 +72,11 @@ class Progress:
                 self._propose(body)
             case EventType.INTENT:
                 self._open(str(body["digest"]), int(body["number"]))
-            case EventType.DELIVERY:
-                self.delivered_at = self.delivered_at or datetime.fromisoformat(body["at"])
+            case EventType.DELIVERY | EventType.NOTICE_FAILED:
+                self._notice(entry.type, body)
             case EventType.REMINDER:
                 self.reminders += 1
+                self.reminded_at = datetime.fromisoformat(body["at"]) if "at" in body else None
             case EventType.VERDICT:
                 self._count(Verdict.model_validate(body))
             case EventType.GATE:
@@ -82,6 +91,14 @@ class Progress:
             case _:
                 pass
 
+    def _notice(self, kind: EventType, body: dict[str, Any]) -> None:
+        channel = str(body.get("channel", INBOX))
+        if channel != INBOX:
+            self.notices.add((int(body["round"]), channel))
+        if kind is EventType.DELIVERY:
+            self.deliveries.setdefault(channel, datetime.fromisoformat(body["at"]))
+            self.delivered_at = self.deliveries.get(INBOX)
+
     def _drift(self, body: dict[str, Any]) -> None:
         self.digest = None
         if body.get("rethink"):
@@ -92,6 +109,7 @@ class Progress:
         self.digest = self.last_digest = digest
         self.intents = number
         self.delivered_at, self.reminders, self.verdicts = None, 0, []
+        self.deliveries, self.notices, self.reminded_at = {}, set(), None
         self.automatic = self.expired = False
         self.undoing, self.undo_reason, self.rethought = (), "", ""
 

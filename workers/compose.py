@@ -28,6 +28,7 @@ from activities.external import External
 from activities.inference import Inference
 from activities.ledger import Ledger
 from activities.memory import Memory
+from activities.notices import Notices, Reminders
 from activities.routing import Routing
 from activities.services.actor import Actor
 from activities.services.beliefs import Beliefs
@@ -41,6 +42,7 @@ from activities.services.intents import Intents
 from activities.services.leases import Leases
 from activities.services.ledger_store import LedgerStore
 from activities.services.memory_store import MemoryStore, Vectors
+from activities.services.notices import Noticing, channels
 from activities.services.requests import Requests
 from activities.services.router import Answerer
 from activities.services.routes import Routes
@@ -157,6 +159,7 @@ class _Composer:
         believing = Believing(Beliefs(database, utc_now))
         activities = [
             *(ledger.admit, ledger.record, ledger.present, ledger.conclude, approvals.identify),
+            Reminders().remind_at,
             *(routing.route, routing.fell, external.read_proposal),
             *(believing.own, believing.deliver, believing.read),
             *(drafting.open_brief, drafting.assemble, drafting.compose, drafting.nothing),
@@ -225,10 +228,17 @@ class _Composer:
         attempt = settings.pace.attempt
         actor = Actor(self._database, connectors, settings.policy, attempt, utc_now, doubt, witness)
         actions = Actions(actor)
+        notices = Notices(await self._noticing())
         return self._worker(
             Queue.ACT,
-            [actions.plan, actions.apply, actions.verify, actions.settle, actions.undo],
+            [actions.plan, actions.apply, actions.verify, actions.settle, actions.undo, notices.notify],
         )
+
+    async def _noticing(self) -> Noticing:
+        settings = self._settings
+        client = await self._stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
+        known = channels(settings.channels, settings.data / "notices", client)
+        return Noticing(self._database, known, utc_now)
 
     async def _connectors(self) -> dict[str, Connector]:
         settings = self._settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from temporalio import workflow
 
 from activities.approvals import Approvals
+from activities.notices import Reminders
 from models.gate import (
     ANYBODY,
     Answer,
@@ -18,14 +20,17 @@ from models.gate import (
     Refusal,
     Standing,
     Verdict,
+    closes_at,
     is_automatic,
     judge,
     read_message,
 )
 from models.ledger import EventType
 from models.loop import Intent
+from models.notices import INBOX, Due
 from models.orders import Identification
 from workflows.journal import Journal
+from workflows.notices import Crier
 from workflows.policies import book
 
 
@@ -36,6 +41,8 @@ class Approval:
         """All state is the journal's."""
         self._journal = journal
         self._closed = False
+        self._due: tuple[tuple[str, int], datetime] | None = None
+        """The next reminder by business hours, as it was found out."""
 
     def close(self) -> None:
         """The run could not be opened; nothing can be judged any more."""
@@ -63,8 +70,15 @@ class Approval:
         journal.shown_at = journal.shown_at or journal.progress.delivered_at or workflow.now()
         if is_automatic(intent):
             await self._pass(intent, digest)
-        while (stands := self._stands(intent, digest)) is Standing.WAITING:
-            await self._wait_once(intent, digest)
+        crier = Crier(journal, intent.gate, digest, lambda: self._stands(intent, digest) is Standing.WAITING)
+        try:
+            while (stands := self._stands(intent, digest)) is Standing.WAITING:
+                crier.keep_up()
+                await self._wait_once(intent, digest)
+        except asyncio.CancelledError:
+            crier.stop()
+            raise
+        crier.stop()
         return stands
 
     def _stands(self, intent: Intent, digest: str) -> Standing:
@@ -75,14 +89,17 @@ class Approval:
         return progress.stands(intent)
 
     async def _wait_once(self, intent: Intent, digest: str) -> None:
-        closes = self._closes_at(intent)
-        reminds = self._reminds_at(intent)
+        reminds = await self._reminds_at(intent, digest)
+        closes, settled = self._closes_at(intent), len(self._journal.progress.notices)
         wakes = closes if reminds is None else min(closes, reminds)
         left = wakes - workflow.now()
         if left > timedelta(0):
             try:
                 await workflow.wait_condition(
-                    lambda: self._stands(intent, digest) is not Standing.WAITING,
+                    lambda: (
+                        self._stands(intent, digest) is not Standing.WAITING
+                        or len(self._journal.progress.notices) != settled
+                    ),
                     timeout=left,
                     timeout_summary="expiry" if wakes == closes else "reminder",
                 )
@@ -103,6 +120,8 @@ class Approval:
             elif reminds is not None and now >= reminds:
                 number = self._journal.progress.reminders + 1
                 body = {"digest": digest, "number": number}
+                if intent.gate.hours is not None:
+                    body["at"] = now.isoformat()
                 await self._journal.append((EventType.REMINDER, body))
 
     async def _pass(self, intent: Intent, digest: str) -> None:
@@ -114,14 +133,25 @@ class Approval:
 
     def _closes_at(self, intent: Intent) -> datetime:
         progress = self._journal.progress
-        delivered = progress.delivered_at or self._journal.shown_at or workflow.now()
-        return min(intent.expires_at, delivered + timedelta(seconds=intent.gate.expire_seconds))
+        delivered = dict(progress.deliveries)
+        delivered.setdefault(INBOX, self._journal.shown_at or workflow.now())
+        return closes_at(
+            intent, min((delivered[c] for c in intent.gate.channels if c in delivered), default=None)
+        )
 
-    def _reminds_at(self, intent: Intent) -> datetime | None:
-        if intent.gate.remind_seconds is None or self._journal.shown_at is None:
+    async def _reminds_at(self, intent: Intent, digest: str) -> datetime | None:
+        rule, shown = intent.gate, self._journal.shown_at
+        if rule.remind_seconds is None or shown is None:
             return None
-        every = timedelta(seconds=intent.gate.remind_seconds)
-        return self._journal.shown_at + every * (self._journal.progress.reminders + 1)
+        every, progress = timedelta(seconds=rule.remind_seconds), self._journal.progress
+        if rule.hours is None:
+            return shown + every * (progress.reminders + 1)
+        which = (digest, progress.reminders)
+        if self._due is None or self._due[0] != which:
+            due = Due(at=(progress.reminded_at or shown) + every, hours=rule.hours)
+            found = await book(Reminders.remind_at, due, "next reminder by business hours")
+            self._due = (which, found.at)
+        return self._due[1]
 
     async def _identity(self, kind: Kind, message: Answer | Refusal) -> Identity:
         admitted = self._journal.admitted

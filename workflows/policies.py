@@ -12,8 +12,10 @@ from temporalio.common import Priority, RetryPolicy
 from activities.actions import Actions
 from activities.inference import Inference
 from activities.memory import Memory
+from activities.notices import Notices
 from models.inference import Answered, Ask
 from models.memory import Recall, Recalled
+from models.notices import NoticeOrder, Told
 from models.orders import Effect, EffectOrder, Pace, Planned, PlanOrder
 from models.visibility import Queue
 
@@ -53,6 +55,19 @@ async def dry_run(order: PlanOrder, pace: Pace) -> Planned:
         heartbeat_timeout=pace.heartbeat,
         retry_policy=SOON,
         summary="dry run",
+    )
+
+
+async def notice(order: NoticeOrder, pace: Pace) -> Told:
+    """Tell people on one channel, for as long as an effect may take."""
+    return await workflow.execute_activity_method(
+        Notices.notify,
+        order,
+        task_queue=Queue.ACT,
+        schedule_to_close_timeout=pace.effect,
+        start_to_close_timeout=pace.read,
+        retry_policy=SOON,
+        summary=f"notice {order.round} on {order.channel}",
     )
 
 

@@ -1,0 +1,65 @@
+"""Settings of the channels on which people hear that something waits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, SecretStr, StringConstraints
+
+from models.business_hours import is_known
+from models.loop import Frozen, Name
+from models.notices import INBOX, named_in
+from models.policy import Policy
+
+Address = Annotated[str, StringConstraints(pattern=r"^[^\s@<>,;]{1,100}@[^\s@<>,;]{1,200}$")]
+
+
+class EmailSettings(Frozen):
+    """E-mail by SMTP."""
+
+    name: Name
+    kind: Literal["email"]
+    host: str
+    port: int = Field(default=25, ge=1, le=65535)
+    starttls: bool = False
+    user: str | None = None
+    token: SecretStr | None = None
+    """The password that goes with `user`."""
+    sender: Address
+    to: tuple[Address, ...] = Field(min_length=1)
+    timeout_seconds: int = Field(default=20, ge=1)
+
+
+class WebhookSettings(Frozen):
+    """A signed POST."""
+
+    name: Name
+    kind: Literal["webhook"]
+    url: Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
+    token: SecretStr = Field(min_length=16)
+    """The key of the HMAC; the receiver has the same one."""
+
+
+class TerminalSettings(Frozen):
+    """A file per notice in `<data>/notices/<name>`, for somebody who watches that folder."""
+
+    name: Name
+    kind: Literal["terminal"]
+
+
+ChannelSettings = Annotated[EmailSettings | WebhookSettings | TerminalSettings, Field(discriminator="kind")]
+
+
+def mistake(channels: tuple[ChannelSettings, ...], policy: Policy) -> str | None:
+    """What is wrong between the channels and the policy that speaks of them; `None` if nothing is."""
+    names = [channel.name for channel in channels]
+    if INBOX in names or len(set(names)) < len(names):
+        return f"names must differ, and {INBOX} is always there; rename one"
+    for agent, one in policy.agents.items():
+        unknown = [name for name in named_in(one.gate) if name not in names]
+        if unknown:
+            return f"policy of {agent} names {unknown[0]}, which is no channel; add it under [[channels]]"
+        hours = one.gate.hours
+        if hours is not None and not is_known(hours.zone):
+            return f"policy of {agent} names the time zone {hours.zone!r}; write one as Europe/Berlin"
+    return None
