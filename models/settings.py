@@ -11,6 +11,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.budget import Budget, same_scope
+from models.channels import ChannelSettings, mistake
 from models.inference import DataClass
 from models.loop import Frozen, Name
 from models.orders import Pace
@@ -218,6 +219,8 @@ class Settings(Frozen):
     policy: Policy = Policy()
     people: tuple[Person, ...] = ()
     """Who may answer; with nobody named, any name counts as claimed."""
+    channels: tuple[ChannelSettings, ...] = Field(default=(), validate_default=True)
+    """On which people hear that something waits, besides the inbox."""
     ledger: LedgerSettings = LedgerSettings()
     schedules: tuple[ScheduleSettings, ...] = ()
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
@@ -235,6 +238,15 @@ class Settings(Frozen):
                 line = InitErrorDetails(type=kind, loc=(number, "name"), input=name)
                 raise ValidationError.from_exception_data("tiers", [line])
         return tiers
+
+    @field_validator("channels")
+    @classmethod
+    def _channels_fit_the_policy(
+        cls, channels: tuple[ChannelSettings, ...], info: ValidationInfo
+    ) -> tuple[ChannelSettings, ...]:
+        if "policy" in info.data and (wrong := mistake(channels, info.data["policy"])) is not None:
+            raise _refused(wrong)
+        return channels
 
     @field_validator("budgets")
     @classmethod
