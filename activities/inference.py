@@ -7,13 +7,15 @@ from typing import Protocol
 from temporalio import activity
 
 from activities.heartbeat import heartbeats
-from models.inference import Answered, Ask, Call
+from models.inference import Answered, Ask, Call, Grant
 
 
 class Answers(Protocol):
     """What answers a call on one tier; `services.router.Answerer` does."""
 
-    async def answer(self, tenant: str, call: Call, tier: str) -> Answered:
+    async def answer(
+        self, tenant: str, call: Call, tier: str, grant: Grant | None = None, attempt: int = 1
+    ) -> Answered:
         """A checked answer, stored."""
         ...
 
@@ -32,4 +34,5 @@ class Inference:
         The heartbeat is also how a cancellation reaches a call that waits for a slow model.
         """
         async with heartbeats():
-            return await self._answers.answer(ask.tenant, ask.call, ask.tier)
+            attempt = activity.info().attempt
+            return await self._answers.answer(ask.tenant, ask.call, ask.tier, ask.grant, attempt)

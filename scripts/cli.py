@@ -27,6 +27,7 @@ PLACES = {
     "tiers": "tiers",
     "schedules": "schedules",
     "ledger": "ledger",
+    "route": "route",
     "memory": "memory",
     "beliefs": "beliefs",
     "story": "story",

@@ -173,14 +173,20 @@ class Loop(Messages):
         failures: list[str] = []
         for number, tier in enumerate(routed.route.tiers):
             try:
-                ask = Ask(tenant=order.tenant, workflow_id=order.workflow_id, call=call, tier=tier)
+                ask = Ask(
+                    tenant=order.tenant,
+                    workflow_id=order.workflow_id,
+                    call=call,
+                    tier=tier,
+                    grant=routed.grant,
+                )
                 answered = await policies.infer(ask, routed.queues[number], self.journal.admitted.pace)
             except ActivityError as error:
                 kind = policies.error_type(error)
                 if kind not in GO_ON or _is_cancelled(error):
                     raise
                 failures.append(kind)
-                await self._fell(order, routed, number, policies.error_text(error))
+                await self._fell(order, routed, number, error)
             else:
                 self.cost = sum_costs(self.cost, answered.cost)
                 return answered
@@ -324,7 +330,7 @@ class Loop(Messages):
             await self._conclude(Carried(Status.FAILED, f"{kind}: {policies.error_text(error)}"))
         await to_the_end(self._drained())
 
-    async def _fell(self, order: RouteOrder, routed: Routed, number: int, reason: str) -> None:
+    async def _fell(self, order: RouteOrder, routed: Routed, number: int, error: ActivityError) -> None:
         tiers = routed.route.tiers
         fell = Fell(
             tenant=order.tenant,
@@ -333,7 +339,9 @@ class Loop(Messages):
             task=order.call.task,
             tier=tiers[number],
             to=tiers[number + 1] if number + 1 < len(tiers) else None,
-            reason=reason,
+            reason=policies.error_text(error),
+            kind=policies.error_type(error) or type(error.cause).__name__,
+            reservation=routed.grant.reservation,
         )
         await policies.book(Routing.fell, fell, f"{tiers[number]} failed")
 

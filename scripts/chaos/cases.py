@@ -69,9 +69,9 @@ class Case:
         return frozenset({Status.EXECUTED})
 
     def _blind(self) -> frozenset[Status]:
-        if self.boundary in DOUBTFUL:
+        if self.boundary in DOUBTFUL and self.how is How.KILL:
             return frozenset({Status.IN_DOUBT})
-        # A neighbour's fall can take this run's attempt with it.
+        # A neighbour's fall can take this attempt with it; a stopped one may wake before anyone doubts.
         return frozenset({Status.EXECUTED, Status.IN_DOUBT})
 
     def body(self) -> dict[str, Any]:
