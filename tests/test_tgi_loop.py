@@ -48,6 +48,7 @@ def settings(temporal: TemporalSettings, data: Path, edge: str, large: str) -> S
         "COUNTERSIGN_CONFIG": str(FILE),
         "COUNTERSIGN_DATA": str(data),
         "COUNTERSIGN_EMBEDDINGS": "null",
+        "COUNTERSIGN_PROBE": "false",
         "COUNTERSIGN_TEMPORAL__ADDRESS": temporal.address,
         "COUNTERSIGN_TEMPORAL__MANAGED": "false",
         "COUNTERSIGN_SITES__DEMO__ADDRESS": f"http://127.0.0.1:{free_port()}",
