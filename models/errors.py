@@ -108,8 +108,16 @@ class LedgerBroken(Final):
     """Stored bytes and their hashes disagree; nothing may act on them."""
 
 
+class KeyDestroyed(Final):
+    """A subject was erased by destroying its key; what was sealed under it cannot be read again."""
+
+
 class CompensationFailed(Final):
     """An applied action could not be undone."""
+
+
+class KeyMissing(CountersignError):
+    """Data were sealed under a key that this process does not have; once it has, trying again helps."""
 
 
 class RateLimited(CountersignError):

@@ -183,6 +183,50 @@ class LedgerSettings(Frozen):
     """`file:FOLDER` or `git:BARE_REPOSITORY`, relative to the data folder; best on another machine."""
 
 
+class KeySettings(Frozen):
+    """A master key: its id, which stands beside what it sealed, and its file of 32 random bytes."""
+
+    id: Name
+    file: Path
+    """Relative to the data folder; only its owner may read it."""
+
+
+class CodecServerSettings(Frozen):
+    """The server that shows sealed payloads in the Temporal UI, to people who have its token."""
+
+    port: int = Field(default=8234, ge=0, le=65535)
+    """On 127.0.0.1."""
+    origins: tuple[str, ...] = ()
+    """Where the UI is opened, as `https://temporal.example.com`; empty is the dev server's."""
+    token: SecretStr | None = None
+    """At least 16 characters; without it the server does not start."""
+
+
+class EncryptionSettings(Frozen):
+    """Sealing of Temporal payloads and stored content."""
+
+    enabled: bool = False
+    keys: tuple[KeySettings, ...] = (KeySettings(id="k1", file=Path("keys/payloads-k1.key")),)
+    """To rotate, add a key and make it current; keep the old one for as long as something is under it."""
+    current: Name = Field(default="k1", validate_default=True)
+    """The key that seals from now on."""
+    server: CodecServerSettings = CodecServerSettings()
+
+    @field_validator("keys")
+    @classmethod
+    def _key_ids_differ(cls, keys: tuple[KeySettings, ...]) -> tuple[KeySettings, ...]:
+        if len({key.id for key in keys}) < len(keys):
+            raise _refused("two keys have one id; ids are how old data find their key")
+        return keys
+
+    @field_validator("current")
+    @classmethod
+    def _current_is_a_key(cls, current: str, info: ValidationInfo) -> str:
+        if "keys" in info.data and current not in {key.id for key in info.data["keys"]}:
+            raise _refused("it is not the id of one of encryption.keys; name one that is")
+        return current
+
+
 class ScheduleSettings(Frozen):
     """One Temporal schedule."""
 
@@ -224,6 +268,7 @@ class Settings(Frozen):
     ledger: LedgerSettings = LedgerSettings()
     schedules: tuple[ScheduleSettings, ...] = ()
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
+    encryption: EncryptionSettings = EncryptionSettings()
     otlp_endpoint: str | None = None
 
     @field_validator("tiers")

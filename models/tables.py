@@ -66,7 +66,7 @@ class EventRow(SQLModel, table=True):
 
 
 class Blob(SQLModel, table=True):
-    """Immutable bytes named by their SHA-256."""
+    """Immutable bytes named by their SHA-256; see `activities/services/content.py` for sealed ones."""
 
     __tablename__ = "blob"  # pyright: ignore[reportAssignmentType]
     tenant: str = Field(primary_key=True)
@@ -76,6 +76,21 @@ class Blob(SQLModel, table=True):
     region: str | None = None
     stored_at: int = Field(sa_type=BIG)
     data: bytes = Field(sa_type=LargeBinary)
+    sealed_by: str | None = None
+    """Id of the data key that `data` is sealed under; `None` stands in clear."""
+
+
+class SubjectKey(SQLModel, table=True):
+    """A data key, wrapped by a master key that is never in the database; destroying it erases a subject."""
+
+    __tablename__ = "subject_key"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    subject_key_id: str = Field(primary_key=True)
+    """Opaque; `tenant` is the key of all that belongs to no single subject."""
+    wrapped: bytes = Field(sa_type=LargeBinary)
+    """Empty once destroyed; the row stays, so that a late retry cannot make the key anew."""
+    wrapped_by: str
+    destroyed_at: int | None = Field(default=None, sa_type=BIG)
 
 
 class Claim(SQLModel, table=True):

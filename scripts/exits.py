@@ -8,7 +8,7 @@ from sqlalchemy.exc import DBAPIError
 from temporalio.exceptions import ApplicationError
 from temporalio.service import RPCError, RPCStatusCode
 
-from models.errors import InvalidInput, PolicyDenied, Unavailable, UnknownName
+from models.errors import InvalidInput, KeyMissing, PolicyDenied, Unavailable, UnknownName
 
 EXPLAINED = (
     "Exit codes: 0 done, 1 something unexpected, 2 the input was refused, 3 not ready or not reachable, "
@@ -38,7 +38,7 @@ def code_of(error: Exception) -> Exit:
             return Exit.GATE
         case InvalidInput() | UnknownName() | PolicyDenied():
             return Exit.REFUSED
-        case Unavailable() | DBAPIError():
+        case Unavailable() | KeyMissing() | DBAPIError():
             return Exit.NOT_READY
         case RPCError(status=status) if status in AWAY:
             return Exit.NOT_READY

@@ -14,6 +14,7 @@ from temporalio.common import (
     WorkflowIDConflictPolicy,
     WorkflowIDReusePolicy,
 )
+from temporalio.converter import PayloadCodec
 from temporalio.exceptions import WorkflowAlreadyStartedError
 
 from models.errors import InvalidInput
@@ -32,14 +33,14 @@ class Started:
     handle: WorkflowHandle[Any, Outcome]
 
 
-async def connect(settings: TemporalSettings) -> Client:
-    """Connect with everything a client of ours needs."""
+async def connect(settings: TemporalSettings, codec: PayloadCodec | None = None) -> Client:
+    """Connect with everything a client of ours needs; its workers seal by the same codec."""
     return await Client.connect(
         settings.address,
         namespace=settings.namespace,
         api_key=settings.api_key.get_secret_value() if settings.api_key else None,
         tls=settings.tls,
-        plugins=[CountersignPlugin()],
+        plugins=[CountersignPlugin(codec)],
     )
 
 

@@ -1,19 +1,89 @@
-"""How values become payloads: pydantic models, and nothing a stranger sends can break a handler."""
+"""How values become payloads: pydantic models, sealed where encryption is on.
+
+Nothing a stranger sends can break a handler: what cannot be opened or read reaches it raw, and is refused
+there on the record.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
+from temporalio import workflow
 from temporalio.api.common.v1 import Payload
 from temporalio.common import RawValue
 from temporalio.contrib.pydantic import PydanticPayloadConverter, pydantic_data_converter
-from temporalio.converter import DataConverter
+from temporalio.converter import (
+    DataConverter,
+    DefaultFailureConverterWithEncodedAttributes,
+    PayloadCodec,
+)
 from temporalio.exceptions import FailureError
 
-from models.errors import InvalidInput
+from activities.services.vault import Keys, load_keys, missing
+from models.errors import CountersignError, InvalidInput, KeyMissing
+from models.settings import EncryptionSettings
+
+ENCODING = b"binary/encrypted"
+PURPOSE = "payload"
+KEY_ID = "encryption-key-id"
+
+
+class KeyNotHere(RuntimeError):
+    """`KeyMissing` as a workflow task has to say it: the task is tried again, the run does not fail."""
+
+
+class SealingCodec(PayloadCodec):
+    """Seals payloads under the current master key, and opens those of any key it has.
+
+    Payloads that come in clear stay so: from before encryption, or typed into the Temporal UI by a person.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        """The keys do not change while a process lives; restart it to rotate."""
+        self._keys = keys
+
+    async def encode(self, payloads: Sequence[Payload]) -> list[Payload]:
+        """Seal all of them, metadata included; what is sealed already stays as it is."""
+        return [payload if is_sealed(payload) else self._seal(payload) for payload in payloads]
+
+    async def decode(self, payloads: Sequence[Payload]) -> list[Payload]:
+        """Open what can be opened.
+
+        The rest stays sealed instead of raising: an error here would stop the whole workflow task, for ever,
+        because of one payload that a stranger may have sent. The converter says what is wrong with it.
+        """
+        return [self._opened(payload) if is_sealed(payload) else payload for payload in payloads]
+
+    def _seal(self, payload: Payload) -> Payload:
+        return Payload(
+            metadata={
+                "encoding": ENCODING,
+                "encryption-cipher": b"AES-256-GCM",
+                KEY_ID: self._keys.current.encode(),
+            },
+            data=self._keys.seal(PURPOSE, payload.SerializeToString(), ENCODING.decode()),
+        )
+
+    def _opened(self, payload: Payload) -> Payload:
+        try:
+            plain = self._keys.open(key_of(payload), PURPOSE, payload.data, ENCODING.decode())
+            return Payload.FromString(plain)
+        except CountersignError:
+            return payload
+
+
+def is_sealed(payload: Payload) -> bool:
+    """Whether it says so itself."""
+    return payload.metadata.get("encoding") == ENCODING
+
+
+def key_of(payload: Payload) -> str:
+    """The id of the key a sealed payload names."""
+    return payload.metadata.get(KEY_ID, b"").decode(errors="replace")
 
 
 class LenientPayloadConverter(PydanticPayloadConverter):
@@ -28,9 +98,14 @@ class LenientPayloadConverter(PydanticPayloadConverter):
         Raises:
             InvalidInput: a typed one does not fit; a run that was started with it fails, instead of trying
                 its first task for ever.
+            KeyMissing: it is still sealed, as its key is not here or it was changed; `KeyNotHere` within a
+                workflow.
         """
         if type_hints is None:
             return [self._read(payload) for payload in payloads]
+        for payload in payloads:
+            if is_sealed(payload):
+                raise _still_sealed(payload)
         try:
             return super().from_payloads(payloads, type_hints)
         except ValidationError as error:
@@ -61,6 +136,24 @@ def _name(hint: type) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def data_converter() -> DataConverter:
-    """The converter of clients, workers, replay and tests."""
-    return replace(pydantic_data_converter, payload_converter_class=LenientPayloadConverter)
+def _still_sealed(payload: Payload) -> KeyMissing | KeyNotHere:
+    text = f"payload: it does not open; {missing(key_of(payload)[:80]).message}"
+    return KeyNotHere(text) if workflow.in_workflow() else KeyMissing(text)
+
+
+def codec_of(settings: EncryptionSettings, data: Path) -> SealingCodec | None:
+    """The codec that settings ask for; `None` with encryption off."""
+    keys = load_keys(settings, data)
+    return SealingCodec(keys) if keys is not None else None
+
+
+def data_converter(codec: PayloadCodec | None = None) -> DataConverter:
+    """The converter of clients, workers, replay and tests; with a codec, failure texts are sealed too."""
+    plain = replace(pydantic_data_converter, payload_converter_class=LenientPayloadConverter)
+    if codec is None:
+        return plain
+    return replace(
+        plain,
+        payload_codec=codec,
+        failure_converter_class=DefaultFailureConverterWithEncodedAttributes,
+    )

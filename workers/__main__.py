@@ -15,6 +15,7 @@ from models.errors import CountersignError, InvalidInput
 from models.settings import Settings
 from models.visibility import Role
 from temporal.client import connect
+from temporal.converter import codec_of
 from workers import config
 from workers.compose import Parts, role
 
@@ -26,7 +27,7 @@ async def run(settings: Settings, name: Role, parts: Parts | None = None) -> Non
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    client = await connect(settings.temporal)
+    client = await connect(settings.temporal, codec_of(settings.encryption, settings.data))
     async with role(client, settings, name, parts):
         ready = settings.data / "run" / f"{name}.ready"
         ready.parent.mkdir(parents=True, exist_ok=True)

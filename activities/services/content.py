@@ -1,22 +1,36 @@
-"""The content store: immutable blobs named by the SHA-256 of what is stored."""
+"""The content store: immutable blobs named by SHA-256, sealed at rest where encryption is on.
+
+What a sealed blob is named by depends on whose it is.
+
+A subject's (`subject=`): by the SHA-256 of what is stored, the ciphertext. Sealing is deterministic under one
+data key, so putting twice still keeps one. The name, which stays in the ledger for ever, says nothing about
+the text to who has no key, so that destroying the key erases the datum, short or long.
+
+A tenant's: by the SHA-256 of the bytes in clear. Intents must be, as their name is what people sign; so must
+the rest, because workflows, commands and other programs name texts without holding a key. Who can guess such
+a text can test the guess by its name: a short text about a person belongs to that subject.
+"""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 
 from pydantic import BaseModel
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Row, select
 from sqlalchemy.dialects.postgresql import insert as pg_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from activities.services.database import Database, to_micros
+from activities.services.vault import Keys, Sealed, Vault
 from models.canonical import canonical, sha256
-from models.errors import InvalidInput, LedgerBroken
+from models.errors import InvalidInput, KeyMissing, LedgerBroken
 from models.loop import Ref
 from models.tables import Blob, table
 
 LIMIT_BYTES = 4 * 1024 * 1024
 JSON = "application/json"
+TEXT = "text/plain; charset=utf-8"
+OPTION = "countersign_vault"
 BLOB = table(Blob)
 
 
@@ -27,13 +41,16 @@ class ContentStore:
         """Share the database with everything else, so that one commit covers a blob and its event."""
         self._database = database
 
-    async def put(self, tenant: str, data: bytes, media_type: str = "text/plain; charset=utf-8") -> Ref:
-        """Keep bytes.
+    async def put(self, tenant: str, data: bytes, media_type: str = TEXT, subject: str | None = None) -> Ref:
+        """Keep bytes; with a subject they go when the subject's key does.
 
         Raises:
             InvalidInput: more than `LIMIT_BYTES`.
+            KeyDestroyed: the subject was erased.
         """
-        return await self._database.write(lambda connection: put_blob(connection, tenant, data, media_type))
+        return await self._database.write(
+            lambda connection: put_blob(connection, tenant, data, media_type, subject)
+        )
 
     async def get(self, tenant: str, ref: Ref) -> bytes:
         """Read bytes back and check their name.
@@ -41,6 +58,8 @@ class ContentStore:
         Raises:
             InvalidInput: there is no such blob.
             LedgerBroken: the stored bytes are not those that were named.
+            KeyMissing: they are sealed, and the key is not here.
+            KeyDestroyed: they were erased.
         """
         return await self._database.read(lambda connection: get_blob(connection, tenant, ref.digest))
 
@@ -49,23 +68,43 @@ class ContentStore:
         return (await self.get(tenant, ref)).decode()
 
 
-def put_blob(connection: Connection, tenant: str, data: bytes, media_type: str) -> Ref:
-    """Keep bytes inside a transaction that is under way."""
+def guard(database: Database, keys: Keys | None) -> Database:
+    """Seal what is put into this database from now on; without keys nothing is sealed."""
+    if keys is not None:
+        # On the engine, so that every transaction has it: a function that put in clear would be a leak.
+        database.engine.update_execution_options(**{OPTION: Vault(keys)})
+    return database
+
+
+def vault_of(connection: Connection) -> Vault | None:
+    """What seals and opens in this database."""
+    return connection.get_execution_options().get(OPTION)
+
+
+def put_blob(
+    connection: Connection, tenant: str, data: bytes, media_type: str, subject: str | None = None
+) -> Ref:
+    """Keep bytes inside a transaction that is under way; a subject only matters with encryption on."""
     if len(data) > LIMIT_BYTES:
         raise InvalidInput.field("content", f"{len(data)} bytes", f"keep it under {LIMIT_BYTES} bytes")
-    ref = Ref(digest=sha256(data), size=len(data), media_type=media_type)
+    name, stored, sealed_by = sha256(data), data, None
+    if (vault := vault_of(connection)) is not None:
+        sealed = vault.seal(connection, tenant, data, subject)
+        stored, sealed_by = sealed.data, sealed.key_id
+        name = name if subject is None else sha256(stored)
     insert = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
     row = dict(
         tenant=tenant,
-        digest=ref.digest,
+        digest=name,
         media_type=media_type,
         data_class="internal",
         region=None,
         stored_at=to_micros(datetime.now(UTC)),
-        data=data,
+        data=stored,
+        sealed_by=sealed_by,
     )
     connection.execute(insert(BLOB).values(**row).on_conflict_do_nothing())
-    return ref
+    return Ref(digest=name, size=len(data), media_type=media_type)
 
 
 def put_model(connection: Connection, tenant: str, value: BaseModel) -> Ref:
@@ -75,11 +114,37 @@ def put_model(connection: Connection, tenant: str, value: BaseModel) -> Ref:
 
 def get_blob(connection: Connection, tenant: str, digest: str) -> bytes:
     """Read bytes inside a transaction that is under way, and check their name."""
-    data = connection.execute(
-        select(BLOB.c.data).where(BLOB.c.tenant == tenant, BLOB.c.digest == digest)
-    ).scalar_one_or_none()
-    if data is None:
+    row = _row(connection, tenant, digest)
+    if row is None:
         raise InvalidInput.field("ref", digest, "no such content is stored; store it first")
-    if sha256(data) != digest:
+    data = _opened(connection, tenant, row)
+    if digest not in (sha256(data), sha256(row.data)):
         raise LedgerBroken(f"content {digest} does not hash to its name; restore it from a backup")
     return data
+
+
+def peek_blob(connection: Connection, tenant: str, digest: str) -> bytes | None:
+    """What is stored under a name, opened if it can be, unchecked; for those who check by themselves."""
+    row = _row(connection, tenant, digest)
+    if row is None:
+        return None
+    try:
+        return _opened(connection, tenant, row)
+    except LedgerBroken:
+        return bytes(row.data)
+
+
+def _row(connection: Connection, tenant: str, digest: str) -> Row[bytes, str | None] | None:
+    here = (BLOB.c.tenant == tenant, BLOB.c.digest == digest)
+    return connection.execute(select(BLOB.c.data, BLOB.c.sealed_by).where(*here)).first()
+
+
+def _opened(connection: Connection, tenant: str, row: Row[bytes, str | None]) -> bytes:
+    if row.sealed_by is None:
+        return bytes(row.data)
+    if (vault := vault_of(connection)) is None:
+        raise KeyMissing(
+            f"content is sealed by key {row.sealed_by[:12]!r}; set encryption.enabled and its keys in "
+            "countersign.toml, as they were when it was stored"
+        )
+    return vault.open(connection, tenant, Sealed(row.sealed_by, bytes(row.data)))

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from activities.services.checkpoints import CHECKPOINT, tree_of
-from activities.services.content import BLOB
+from activities.services.content import peek_blob
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import EVENT
 from models.errors import InvalidInput, LedgerBroken
@@ -223,10 +223,9 @@ def _intent(link: Connection, tenant: str, leaf: Leaf) -> Iterator[IntentBytes]:
         digest = str(json.loads(leaf.envelope)["body"]["digest"])
     except (ValueError, KeyError, TypeError):
         return
-    query = select(BLOB.c.data).where(BLOB.c.tenant == tenant, BLOB.c.digest == digest)
-    data = link.execute(query).scalar_one_or_none()
+    data = peek_blob(link, tenant, digest)
     if data is not None:
-        yield IntentBytes(digest, bytes(data))
+        yield IntentBytes(digest, data)
 
 
 def _notes(link: Connection, tenant: str) -> dict[int, list[str]]:

@@ -16,10 +16,11 @@ import typer
 from rich.console import Console
 from sqlalchemy import make_url
 
-from activities.services.content import ContentStore
+from activities.services.content import ContentStore, guard
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.requests import Requests
+from activities.services.vault import load_keys
 from models.errors import Unavailable
 from models.ledger import Event
 from models.settings import Settings
@@ -82,7 +83,8 @@ async def opened(settings: Settings) -> AsyncGenerator[Session]:
         raise Unavailable(
             f"database: {url.database} is not there yet; start `countersign up`, or set COUNTERSIGN_DATA"
         )
-    database = Database(settings.database_url)
+    keys = load_keys(settings.encryption, settings.data)
+    database = guard(Database(settings.database_url), keys)
     try:
         yield Session(settings, database)
     finally:
@@ -96,9 +98,11 @@ async def reach(settings: Settings) -> Client:
         Unavailable: it does not answer.
     """
     from temporal.client import connect
+    from temporal.converter import codec_of
 
+    codec = codec_of(settings.encryption, settings.data)
     try:
-        return await asyncio.wait_for(connect(settings.temporal), CONNECT_SECONDS)
+        return await asyncio.wait_for(connect(settings.temporal, codec), CONNECT_SECONDS)
     except (RuntimeError, TimeoutError):
         raise Unavailable(
             f"temporal.address: {settings.temporal.address} does not answer; start `countersign up`, "
