@@ -266,9 +266,9 @@ class Settings(Frozen):
     channels: tuple[ChannelSettings, ...] = Field(default=(), validate_default=True)
     """On which people hear that something waits, besides the inbox."""
     ledger: LedgerSettings = LedgerSettings()
+    encryption: EncryptionSettings = EncryptionSettings()
     schedules: tuple[ScheduleSettings, ...] = ()
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
-    encryption: EncryptionSettings = EncryptionSettings()
     otlp_endpoint: str | None = None
 
     @field_validator("tiers")
