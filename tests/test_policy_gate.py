@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from models.gate import (
 from models.ledger import Entry, EventType
 from models.loop import Cost, Exemption, GateRule, Intent, Request, Reversibility, Status, Use
 from models.policy import AgentPolicy, Policy, covers, is_current, policy_digest
-from models.settings import TemporalSettings
+from models.settings import Settings, TemporalSettings
 from temporal.client import submit
 from tests.conftest import a_key, note, settings_for, stack_of
 from tests.intents import DAY, START, a_stream, a_verdict, an_intent
@@ -294,3 +296,20 @@ async def test_a_requester_is_bound_into_the_intent_and_cannot_approve_it(
         assert stack.notes() == []
         assert (await stack.answer(run, Kind.APPROVE, await stack.digest(run), approver="bob")).counted
         assert (await run.handle.result()).status is Status.EXECUTED
+
+
+def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    for key, value in more.items():
+        base[key] = merged(base[key], value) if isinstance(value, dict) and key in base else value
+    return base
+
+
+def test_the_settings_that_the_page_about_the_gate_shows_are_settings_with_a_digest() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "gate.md").read_text()
+    tree: dict[str, Any] = {}
+    for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
+        merged(tree, tomllib.loads(block))
+    tree["channels"][1]["token"] = "0123456789abcdef"
+    one = Settings.model_validate(tree).policy.of("pricing")
+    assert (one.gate.approvals, one.grants[0].max_uses, one.gate.ladder[0].after) == (2, 20, 2)
+    assert policy_digest(one) == policy_digest(AgentPolicy.model_validate(one.model_dump(mode="json")))

@@ -88,6 +88,9 @@ def revise(
 def delegate(
     run: Run,
     to: Annotated[str, typer.Option(help="Who should answer instead.")],
+    until: Annotated[
+        str | None, typer.Option(help="When that ends, as 2026-12-24T18:00:00+01:00; default: never.")
+    ] = None,
     digest: Digest = None,
     as_: As = None,
     comment: Comment = "",
@@ -96,7 +99,18 @@ def delegate(
     as_json: Json = False,
 ) -> None:
     """Hand the question on to somebody else."""
-    _give(Kind.DELEGATE, run, as_, as_json, digest=digest, comment=comment, role=role, to=to, sign=sign)
+    _give(
+        Kind.DELEGATE,
+        run,
+        as_,
+        as_json,
+        digest=digest,
+        comment=comment,
+        role=role,
+        to=to,
+        until=until,
+        sign=sign,
+    )
 
 
 def identity(settings: Settings, named: str | None) -> str:
@@ -131,9 +145,7 @@ async def signed(tenant: str, kind: Kind, message: dict[str, Any], key: Path) ->
             subprocess.run, command, input=statement.bytes(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
     except FileNotFoundError:
-        raise InvalidInput.field(
-            "--sign", str(key), "install OpenSSH; ssh-keygen signs"
-        ) from None
+        raise InvalidInput.field("--sign", str(key), "install OpenSSH; ssh-keygen signs") from None
     if made.returncode != 0:
         raise InvalidInput.field("--sign", str(key), made.stderr.decode(errors="replace").strip()[:200])
     return message | {"signature": made.stdout.decode()}
