@@ -150,6 +150,18 @@ def passed(intent: Plain, verdicts: Verdicts) -> bool:
     return False
 
 
+def outrun(verdicts: Verdicts) -> bool:
+    """Whether somebody approved after what was delegated to them had ended."""
+    ends: dict[str, str | None] = {}
+    for verdict, at in verdicts:
+        until = ends.get(verdict["approver"].casefold())
+        if verdict["kind"] == "approve" and until is not None and moment(at) > moment(until):
+            return True
+        if verdict["kind"] == "delegate" and verdict["to"]:
+            ends[verdict["to"].casefold()] = verdict.get("until")
+    return False
+
+
 def forbidden(run: Run, intent: Plain, digest: str, action: int, now: str, verdicts: Verdicts) -> str:
     """Why an effect of this intent was not allowed at that time; empty if it was."""
     due, limit = intent["proposal"]["not_before"], moment(intent["expires_at"])
@@ -160,6 +172,7 @@ def forbidden(run: Run, intent: Plain, digest: str, action: int, now: str, verdi
         (digest in run["over"], "the intent expired, drifted or was being taken back"),
         (any(moment(at) > limit for _, at in verdicts), "a verdict was recorded after the absolute limit"),
         (due is not None and moment(now) < moment(due), f"it was not to happen before {due}"),
+        (outrun(verdicts), "an approval was recorded after the delegation to its giver had ended"),
         (not passed(intent, verdicts), "the verdicts before it are not enough"),
     )
     return next((why for is_so, why in reasons if is_so), "")

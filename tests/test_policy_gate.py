@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from activities.services.database import Database
@@ -32,6 +34,7 @@ from models.ledger import Entry, EventType
 from models.loop import Cost, Exemption, GateRule, Intent, Request, Reversibility, Status, Use
 from models.policy import AgentPolicy, Policy, covers, is_current, policy_digest
 from models.settings import Settings, TemporalSettings
+from scripts import verify_ledger
 from temporal.client import submit
 from tests.conftest import a_key, note, settings_for, stack_of
 from tests.intents import DAY, START, a_stream, a_verdict, an_intent
@@ -313,3 +316,36 @@ def test_the_settings_that_the_page_about_the_gate_shows_are_settings_with_a_dig
     one = Settings.model_validate(tree).policy.of("pricing")
     assert (one.gate.approvals, one.grants[0].max_uses, one.gate.ladder[0].after) == (2, 20, 2)
     assert policy_digest(one) == policy_digest(AgentPolicy.model_validate(one.model_dump(mode="json")))
+
+
+STREAMS = st.lists(
+    st.tuples(
+        st.sampled_from(list(Kind)),
+        st.sampled_from(("ann", "BOB", "bob", "eve", "external")),
+        st.sampled_from(("bob", "eve")),
+        st.one_of(st.none(), st.integers(0, 6)),
+    ),
+    max_size=5,
+)
+
+
+@given(STREAMS, st.booleans(), st.integers(1, 2), st.one_of(st.none(), st.integers(1, 3)))
+def test_the_one_file_verifier_lets_pass_exactly_what_the_worker_does(
+    said: list[tuple[Kind, str, str, int | None]], own: bool, approvals: int, use: int | None
+) -> None:
+    gate = GateRule(self_approval=own, approvals=approvals)
+    taken = None if use is None else Use(grant=a_grant(), number=use)
+    intent = an_intent(gate, requester="ann", use=taken)
+    digest = digest_of(intent)
+    entries = list(a_stream((EventType.INTENT, {"digest": digest})))
+    verdicts: list[tuple[dict[str, Any], str]] = []
+    for hour, (kind, who, to, until) in enumerate(said):
+        end = None if until is None else START + until * HOUR
+        body = a_verdict(kind, digest, who, to=to if kind is Kind.DELEGATE else None, until=end)
+        at = START + hour * HOUR
+        plain = body.model_dump(mode="json")
+        entries.append(Entry(version=hour + 2, type=EventType.VERDICT, body=plain, recorded_at=at))
+        verdicts.append((plain, at.isoformat()))
+    plain_intent = intent.model_dump(mode="json")
+    theirs = verify_ledger.passed(plain_intent, verdicts) and not verify_ledger.outrun(verdicts)
+    assert theirs == (may_act(entries, intent, digest, START + 9 * HOUR) is None)
