@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from temporalio.client import Client
 
-from activities.services.content import ContentStore
+from activities.services.content import ContentStore, guard
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate
+from activities.services.vault import load_keys
 from models.gate import Judged, Kind
 from models.ledger import Event
 from models.loop import GateRule, Request
@@ -28,6 +29,7 @@ from models.settings import Settings, TemporalSettings
 from models.visibility import Role
 from temporal import dev_server
 from temporal.client import Started, answer, connect, submit
+from temporal.converter import codec_of
 from workers.compose import Parts, role, utc_now
 
 
@@ -133,8 +135,8 @@ async def stack_of(
 ) -> AsyncGenerator[Stack]:
     """All roles in this process, on one database."""
     migrate(settings.database_url)
-    client = await connect(settings.temporal)
-    database = Database(settings.database_url)
+    client = await connect(settings.temporal, codec_of(settings.encryption, settings.data))
+    database = guard(Database(settings.database_url), load_keys(settings.encryption, settings.data))
     async with AsyncExitStack() as stack:
         stack.callback(database.close)
         for name in roles:
