@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 from sqlalchemy import select
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError, WorkflowHandle
 
 from activities.services.content import ContentStore
 from activities.services.database import Database
@@ -43,6 +43,8 @@ from temporal.client import connect, submit
 
 ROLES = (Role.DECIDE, Role.INFER, Role.REMEMBER, Role.ACT)
 PAIRS = 5
+BARE_PROCESSES = 2
+"""One Python process uses one core; the floor shall have the machine too."""
 SMALL, LARGE = 200, 15_000
 """Bytes of the body; histories must not grow with it."""
 
@@ -68,7 +70,7 @@ class Waiting:
         try:
             await asyncio.wait_for(self.event(run_id).wait(), 60)
         except TimeoutError:
-            raise RuntimeError(f"{run_id} does not wait: {(await handle.describe()).status}") from None
+            raise RuntimeError(f"{run_id} does not wait: {await _state(handle)}") from None
         return self.digests[run_id]
 
 
@@ -113,6 +115,16 @@ class Bench:
     def cpu(self) -> dict[str, float]:
         """CPU seconds of each process so far."""
         return {name: sum(process.cpu_times()[:2]) for name, process in self.processes.items()}
+
+
+async def _state(handle: WorkflowHandle[Any, Any]) -> str:
+    described = await handle.describe()
+    if described.status is WorkflowExecutionStatus.RUNNING:
+        return f"running, pending {described.raw_description.pending_activities}"
+    try:
+        return repr(await handle.result())
+    except WorkflowFailureError as error:
+        return repr(error.cause)
 
 
 Run = Callable[[], Awaitable[tuple[float, WorkflowHandle[Any, Any]]]]
@@ -188,16 +200,11 @@ async def prepared(folder: Path) -> AsyncGenerator[Bench]:
         waiting = Waiting()
         await stack.enter_async_context(_datagrams(driver, waiting))
         processes = {"temporal": server, "driver": psutil.Process()}
-        for name in (*ROLES, "bare"):
-            argv = (
-                sys.executable,
-                "-m",
-                "scripts.bench._worker",
-                name,
-                str(folder / "settings.json"),
-                driver,
-            )
-            processes[str(name)] = _spawn(stack, argv, folder)
+        arguments = (str(folder / "settings.json"), driver)
+        for number, name in enumerate((*ROLES, *("bare",) * BARE_PROCESSES)):
+            argv = (sys.executable, "-m", "scripts.bench._worker", str(name), *arguments)
+            label = f"bare {number - len(ROLES) + 1}" if name == "bare" else str(name)
+            processes[label] = _spawn(stack, argv, folder)
         await _exist(*(folder / "run" / f"{role}.ready" for role in ROLES), Path(f"{driver}.ready"))
         database = Database(settings.database_url)
         stack.callback(database.close)
