@@ -33,6 +33,19 @@ class CountersignError(ApplicationError):
         )
 
 
+class KeyMissing(RuntimeError):
+    """Data were sealed under a key that this process does not have; once it has, trying again helps.
+
+    Outside the tree on purpose: an error of Temporal's, raised while a workflow reads its payloads, would end
+    the run for good. Any other makes Temporal try the task again, until the key is there.
+    """
+
+    @property
+    def message(self) -> str:
+        """The text for people."""
+        return str(self)
+
+
 class Final(CountersignError):
     """Trying again cannot help."""
 
@@ -114,10 +127,6 @@ class KeyDestroyed(Final):
 
 class CompensationFailed(Final):
     """An applied action could not be undone."""
-
-
-class KeyMissing(CountersignError):
-    """Data were sealed under a key that this process does not have; once it has, trying again helps."""
 
 
 class RateLimited(CountersignError):

@@ -49,7 +49,7 @@ def code_of(error: Exception) -> Exit:
 def text_of(error: Exception) -> str:
     """What it says, in lines for a person."""
     match error:
-        case ApplicationError():
+        case ApplicationError() | KeyMissing():
             return error.message
         case Refused():
             return str(error)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
-from temporalio import workflow
 from temporalio.api.common.v1 import Payload
 from temporalio.common import RawValue
 from temporalio.contrib.pydantic import PydanticPayloadConverter, pydantic_data_converter
@@ -24,16 +23,12 @@ from temporalio.converter import (
 from temporalio.exceptions import FailureError
 
 from activities.services.vault import Keys, load_keys, missing
-from models.errors import CountersignError, InvalidInput, KeyMissing
+from models.errors import InvalidInput, KeyMissing, LedgerBroken
 from models.settings import EncryptionSettings
 
 ENCODING = b"binary/encrypted"
 PURPOSE = "payload"
 KEY_ID = "encryption-key-id"
-
-
-class KeyNotHere(RuntimeError):
-    """`KeyMissing` as a workflow task has to say it: the task is tried again, the run does not fail."""
 
 
 class SealingCodec(PayloadCodec):
@@ -72,7 +67,7 @@ class SealingCodec(PayloadCodec):
         try:
             plain = self._keys.open(key_of(payload), PURPOSE, payload.data, ENCODING.decode())
             return Payload.FromString(plain)
-        except CountersignError:
+        except (KeyMissing, LedgerBroken):
             return payload
 
 
@@ -98,8 +93,7 @@ class LenientPayloadConverter(PydanticPayloadConverter):
         Raises:
             InvalidInput: a typed one does not fit; a run that was started with it fails, instead of trying
                 its first task for ever.
-            KeyMissing: it is still sealed, as its key is not here or it was changed; `KeyNotHere` within a
-                workflow.
+            KeyMissing: it is still sealed, as its key is not here or it was changed.
         """
         if type_hints is None:
             return [self._read(payload) for payload in payloads]
@@ -136,9 +130,8 @@ def _name(hint: type) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _still_sealed(payload: Payload) -> KeyMissing | KeyNotHere:
-    text = f"payload: it does not open; {missing(key_of(payload)[:80]).message}"
-    return KeyNotHere(text) if workflow.in_workflow() else KeyMissing(text)
+def _still_sealed(payload: Payload) -> KeyMissing:
+    return KeyMissing(f"payload: it does not open; {missing(key_of(payload)[:80])}")
 
 
 def codec_of(settings: EncryptionSettings, data: Path) -> SealingCodec | None:

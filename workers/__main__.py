@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import logging
 import os
 import signal
 import sys
 from pathlib import Path
 
-from models.errors import CountersignError, InvalidInput
+from models.errors import CountersignError, InvalidInput, KeyMissing
 from models.settings import Settings
 from models.visibility import Role
 from temporal.client import connect
 from temporal.converter import codec_of
-from workers import config
+from workers import config, logs
 from workers.compose import Parts, role
 
 OUR_PACKAGES = ("models", "activities", "workflows", "workers", "temporal")
@@ -59,13 +58,13 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in list(Role):
         sys.stderr.write(f"role: {' '.join(arguments) or 'nothing'} is not accepted; use one of {known}\n")
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         guard()
+        settings = config.load()
+        logs.start(discreet=settings.encryption.enabled)
         with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(run(config.load(), Role(arguments[0])))
-    except CountersignError as error:
+            asyncio.run(run(settings, Role(arguments[0])))
+    except (CountersignError, KeyMissing) as error:
         sys.stderr.write(f"{error.message}\n")
         return 2
     return 0
