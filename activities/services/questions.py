@@ -127,6 +127,12 @@ def schema_objections(text: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(_objection(error) for error, _ in zip(errors, range(MOST_OBJECTIONS), strict=False))
 
 
+def for_the_record(objection: str) -> str:
+    """An objection without the values its rule allows: they are for the model, and may quote a text."""
+    place, breaks, rule = objection.partition(": breaks ")
+    return f"{place}{breaks}{rule.partition(' ')[0]}"
+
+
 def _listed(answer: Examined) -> str:
     return "\n".join(f"- {objection}" for objection in answer.objections)
 

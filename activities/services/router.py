@@ -23,6 +23,7 @@ from activities.services.questions import (
     Examined,
     Question,
     best_of,
+    for_the_record,
     permit,
     refusal,
     repair,
@@ -222,9 +223,10 @@ class Answerer:
         best = best_of(answers)
         if not best.usable:
             tried.unusable()
+            broken = "; ".join(map(for_the_record, best.objections))
             raise OutputInvalid(
                 f"{question.task.name} on {tier.name}: the answer breaks its schema after "
-                f"{len(answers) - 1} repair ({'; '.join(best.objections)}); try another tier"
+                f"{len(answers) - 1} repair ({broken}); try another tier"
             )
 
         def answered(ref: Ref) -> Answered:
