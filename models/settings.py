@@ -249,6 +249,8 @@ class Settings(Frozen):
     """SQLAlchemy URL; empty means `<data>/countersign.db` in SQLite."""
     temporal: TemporalSettings = TemporalSettings()
     tiers: tuple[TierSettings, ...] = ()
+    probe: bool = True
+    """Try each model server out once at start: identity, context, whether schemas are really enforced."""
     tasks: dict[Name, TaskSettings] = Field(default_factory=dict)
     budgets: tuple[Budget, ...] = ()
     """What may be spent a day. A tier without a price takes no call that a budget covers."""

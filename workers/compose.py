@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import random
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -32,6 +34,8 @@ from activities.notices import Notices, Reminders
 from activities.routing import Routing
 from activities.services.actor import Actor
 from activities.services.beliefs import Beliefs
+from activities.services.breaker import Breakers
+from activities.services.cache import Cache
 from activities.services.checkpoints import Checkpoints, keep_signing, load_key
 from activities.services.claims import Claims
 from activities.services.content import ContentStore, guard
@@ -43,10 +47,12 @@ from activities.services.leases import Leases
 from activities.services.ledger_store import LedgerStore
 from activities.services.memory_store import MemoryStore, Vectors
 from activities.services.notices import Noticing, channels
+from activities.services.probe import Probes, keep_probed
 from activities.services.requests import Requests
 from activities.services.router import Answerer
-from activities.services.routes import Routes
+from activities.services.routes import Measurements, Routes
 from activities.services.site_server import SiteServer
+from activities.services.till import Till
 from activities.services.vault import load_keys
 from activities.services.vectors import ExactVectors
 from activities.services.witnesses import witnesses
@@ -128,7 +134,7 @@ class _Composer:
     async def compose(self, name: Role) -> list[Worker]:
         match name:
             case Role.DECIDE:
-                return [self._decide()]
+                return [await self._decide()]
             case Role.INFER:
                 return await self._infer()
             case Role.REMEMBER:
@@ -139,14 +145,14 @@ class _Composer:
                 await self._desk()
                 return []
 
-    def _decide(self) -> Worker:
+    async def _decide(self) -> Worker:
         settings, database = self._settings, self._database
         known = People(people=settings.people)
         requests = Requests(database, settings.policy, settings.pace, utc_now, bool(settings.people))
         approvals = Approvals(Identities(known, utc_now))
         ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
-        routing = Routing(Routes(settings.tiers, tasks, self._content, self._ledger))
+        routing = Routing(self._routes(tasks, await self._sensing()))
         sites = tuple(site.name for site in settings.sites)
         planning = Planning(self._content, Claims(database), settings.content, sites)
         drafting = Drafting(
@@ -174,11 +180,49 @@ class _Composer:
             sticky_queue_schedule_to_start_timeout=settings.temporal.sticky_timeout,
         )
 
+    async def _sensing(self) -> Probes:
+        """What is known of the tiers: measured by earlier calls, and tried out once at start."""
+        settings = self._settings
+        hints = Breakers(time.monotonic, random.random)
+        sensing = Probes(Measurements(self._database, settings.tiers, utc_now, hints))
+        brought = self._parts.endpoints
+        clients = [(tier, http_client(tier)) for tier in settings.tiers if tier.name not in brought]
+        servers = [
+            chat_endpoint(tier, await self._stack.enter_async_context(client)) for tier, client in clients
+        ]
+        if settings.probe:
+            await self._background(keep_probed, servers, sensing.found)
+        return sensing
+
+    def _routes(self, tasks: Mapping[str, Task], sensing: Probes) -> Routes:
+        settings, database = self._settings, self._database
+        return Routes(
+            settings.tiers,
+            tasks,
+            self._content,
+            self._ledger,
+            database=database,
+            clock=utc_now,
+            wanted=settings.tasks,
+            budgets=settings.budgets,
+            sensing=sensing,
+            cache=Cache(database, utc_now),
+        )
+
     async def _infer(self) -> list[Worker]:
         settings = self._settings
         endpoints = {tier.name: await self._endpoint(tier) for tier in settings.tiers}
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
-        answerer = Answerer(settings.tiers, endpoints, tasks, self._content)
+        answerer = Answerer(
+            settings.tiers,
+            endpoints,
+            tasks,
+            self._content,
+            till=Till(self._database, utc_now),
+            cache=Cache(self._database, utc_now),
+            wanted=settings.tasks,
+            clock=utc_now,
+        )
         answer = Inference(answerer).answer
         return [
             self._worker(
