@@ -13,10 +13,8 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.database import Database, from_micros, to_micros
+from activities.services.database import Database, from_micros, insert_for, to_micros
 from activities.services.leases import check_in, seize_in
 from activities.services.ledger_store import add_in
 from models.beliefs import (
@@ -240,7 +238,7 @@ def _mine(of: Any, tenant: str, agent: str, subject: str) -> tuple[Any, ...]:
 
 def _head(connection: Connection, tenant: str, agent: str, subject: str) -> Row[Any]:
     """The head row, held until the transaction ends."""
-    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    kind = insert_for(connection.dialect.name)
     blank = dict(tenant=tenant, agent=agent, subject=subject, version=0, epoch=0, holder="")
     connection.execute(kind(HEAD).values(**blank).on_conflict_do_nothing())
     return connection.execute(

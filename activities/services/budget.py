@@ -17,10 +17,8 @@ from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Connection, Row, Table, bindparam, select, update
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.database import Database, to_micros
+from activities.services.database import Database, insert_for, to_micros
 from models.budget import Account, amount_of
 from models.errors import BudgetExceeded
 from models.tables import BudgetRow, ModelCall, ReservationRow, table
@@ -62,7 +60,7 @@ _TRIED = select(CALL.c.id).where(CALL.c.reservation == bindparam("named"), CALL.
 @functools.cache
 def _once(table: Table, dialect: str) -> Any:
     """An insert that leaves what stands there alone."""
-    insert = sqlite_insert if dialect == "sqlite" else pg_insert
+    insert = insert_for(dialect)
     return insert(table).on_conflict_do_nothing()
 
 

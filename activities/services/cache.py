@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, delete, select
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.database import Database, from_micros, to_micros
+from activities.services.database import Database, from_micros, insert_for, to_micros
 from models.canonical import sha256
 from models.inference import Answered, DataClass, Prompt
 from models.tables import CacheRow, table
@@ -149,7 +147,7 @@ def put_in(link: Connection, key: Key, answered: Answered, task: str, until: dat
         "answered": answered.model_dump_json(),
         "expires_at": to_micros(until),
     }
-    insert = sqlite_insert if link.dialect.name == "sqlite" else pg_insert
+    insert = insert_for(link.dialect.name)
     made = insert(CACHE).values(tenant=tenant, key=digest, **values)
     link.execute(made.on_conflict_do_update(index_elements=["tenant", "key"], set_=values))
 

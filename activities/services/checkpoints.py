@@ -20,12 +20,10 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, select
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import DBAPIError
 
 from activities.services import merkle
-from activities.services.database import Database
+from activities.services.database import Database, insert_for
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.witnesses import Witness
@@ -278,7 +276,7 @@ def notes_of(link: Connection, tenant: str) -> Iterable[str]:
 
 
 def _keep(link: Connection, tenant: str, tree: Tree, note: str, key: NoteKey) -> None:
-    insert = sqlite_insert if link.dialect.name == "sqlite" else pg_insert
+    insert = insert_for(link.dialect.name)
     row = {"log_id": tenant, "size": tree.size, "root": tree.root, "note": note, "key_id": key.key_id}
     link.execute(insert(CHECKPOINT).values(**row).on_conflict_do_nothing())
 

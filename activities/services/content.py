@@ -17,10 +17,8 @@ from datetime import UTC, datetime
 
 from pydantic import BaseModel
 from sqlalchemy import Connection, Row, select
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.database import Database, to_micros
+from activities.services.database import Database, insert_for, to_micros
 from activities.services.vault import Keys, Sealed, Vault
 from models.canonical import canonical, sha256
 from models.errors import InvalidInput, KeyMissing, LedgerBroken
@@ -92,7 +90,7 @@ def put_blob(
         sealed = vault.seal(connection, tenant, data, subject)
         stored, sealed_by = sealed.data, sealed.key_id
         name = name if subject is None else sha256(stored)
-    insert = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    insert = insert_for(connection.dialect.name)
     row = dict(
         tenant=tenant,
         digest=name,

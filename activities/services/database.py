@@ -18,9 +18,12 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, create_engine, event
+from sqlalchemy import Connection, Table, create_engine, event
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.dialects.sqlite import Insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
@@ -227,6 +230,11 @@ class _Turns:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def insert_for(dialect: str) -> Callable[[Table], Insert]:
+    """The INSERT of a dialect, which knows `on_conflict_…`; typed as SQLite's, PostgreSQL's has the same."""
+    return sqlite_insert if dialect == "sqlite" else cast("Callable[[Table], Insert]", pg_insert)
 
 
 def to_micros(moment: datetime) -> int:

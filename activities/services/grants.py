@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import Connection, update
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from activities.services.database import insert_for
 from models.loop import Exemption, Use
 from models.tables import GrantUse, table
 
@@ -16,7 +15,7 @@ USED = table(GrantUse)
 
 def take_use(link: Connection, tenant: str, agent: str, grant: Exemption) -> Use | None:
     """The next use of a grant; `None` when all of them are taken."""
-    insert = sqlite_insert if link.dialect.name == "sqlite" else pg_insert
+    insert = insert_for(link.dialect.name)
     fresh = insert(USED).values(tenant=tenant, agent=agent, name=grant.name, used=0)
     link.execute(fresh.on_conflict_do_nothing())
     # One statement decides, so that two intents at once never take one number.

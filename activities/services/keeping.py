@@ -15,11 +15,9 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from activities.services.content import get_blob
-from activities.services.database import to_micros
+from activities.services.database import insert_for, to_micros
 from activities.services.ledger_store import EVENT
 from activities.services.vectors import MEMORY, empty_vectors, next_position, touch_vectors
 from activities.services.words import drop_words, put_words
@@ -101,7 +99,7 @@ def take(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> Kee
 
 def shown(connection: Connection, tenant: str, run: str, digests: Iterable[str], now: datetime) -> None:
     """Note texts that a run (or with an empty name: every run) was shown, so that it cannot learn them."""
-    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    kind = insert_for(connection.dialect.name)
     for digest in digests:
         values = dict(tenant=tenant, run=run, digest=digest, given_at=to_micros(now))
         connection.execute(kind(GIVEN).values(**values).on_conflict_do_nothing())
@@ -276,7 +274,7 @@ def _support(connection: Connection, memo: Memo, event: str, basis: str, now: da
 def _support_row(
     connection: Connection, tenant: str, record_id: str, event: str, basis: str, now: datetime
 ) -> None:
-    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    kind = insert_for(connection.dialect.name)
     values = dict(tenant=tenant, record_id=record_id, event_id=event, basis=basis, seen_at=to_micros(now))
     connection.execute(kind(SUPPORT).values(**values).on_conflict_do_nothing())
 

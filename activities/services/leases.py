@@ -6,10 +6,8 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, select, update
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.database import Database, to_micros
+from activities.services.database import Database, insert_for, to_micros
 from models.errors import LedgerConflict
 from models.tables import Lease, table
 
@@ -38,7 +36,7 @@ class Leases:
 
 def take_in(connection: Connection, name: str, holder: str, lasting: timedelta, now: datetime) -> int | None:
     """Take or renew a lease inside a transaction; a new holder gets the next epoch."""
-    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    kind = insert_for(connection.dialect.name)
     blank = dict(name=name, holder="", epoch=0, expires_at=0)
     connection.execute(kind(LEASE).values(**blank).on_conflict_do_nothing())
     row = connection.execute(select(LEASE).where(LEASE.c.name == name).with_for_update()).one()
@@ -54,7 +52,7 @@ def take_in(connection: Connection, name: str, holder: str, lasting: timedelta, 
 
 def seize_in(connection: Connection, name: str, holder: str, now: datetime) -> int:
     """Take a lease from whoever has it, for one whom something else has made the only one."""
-    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    kind = insert_for(connection.dialect.name)
     blank = dict(name=name, holder="", epoch=0, expires_at=to_micros(now))
     connection.execute(kind(LEASE).values(**blank).on_conflict_do_nothing())
     row = connection.execute(select(LEASE).where(LEASE.c.name == name).with_for_update()).one()

@@ -14,11 +14,9 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, select, update
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from activities.services.content import JSON, put_blob
-from activities.services.database import Database, to_micros
+from activities.services.database import Database, insert_for, to_micros
 from activities.services.merkle import extend, leaf_hash, pack, unpack
 from activities.services.statements import Statement
 from models.canonical import canonical
@@ -157,7 +155,7 @@ def _lock(connection: Connection, tenant: str) -> _Head:
     """The head of the log, with its row held until the transaction ends."""
     rows = _HEAD.rows(connection, {"log": tenant})
     if not rows:
-        insert = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+        insert = insert_for(connection.dialect.name)
         fresh = insert(HEAD).values(log_id=tenant, size=0, peaks=b"")
         connection.execute(fresh.on_conflict_do_nothing())
         rows = _HEAD.rows(connection, {"log": tenant})

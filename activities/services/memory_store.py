@@ -14,12 +14,10 @@ from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
 from sqlalchemy import Connection, Row, Select, select
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from activities.services import keeping
 from activities.services.content import ContentStore, put_blob
-from activities.services.database import Database, from_micros, to_micros
+from activities.services.database import Database, from_micros, insert_for, to_micros
 from activities.services.indexing import Outbox, Pending, newest_position
 from activities.services.keeping import keep
 from activities.services.vectors import ALWAYS, MEMORY, Near, Vector, When, put_vectors, unit_vector
@@ -399,7 +397,7 @@ def _merge(connection: Connection, tenant: str, record_id: str, close: Mapping[s
         MEMORY.c.subject == scope.subject,
         MEMORY.c.record_id.in_(list(close)),
     )
-    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    kind = insert_for(connection.dialect.name)
     for other in connection.execute(same).scalars().all():
         first, second = sorted((record_id, other))
         values = dict(tenant=tenant, first=first, second=second, proposed_at=now)

@@ -18,9 +18,8 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Connection, Row, select
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
+from activities.services.database import insert_for
 from models.errors import InvalidInput, KeyDestroyed, KeyMissing, LedgerBroken
 from models.settings import EncryptionSettings
 from models.tables import SubjectKey, table
@@ -234,7 +233,7 @@ class Vault:
         return self._unwrapped(row)
 
     def _insert(self, connection: Connection, tenant: str, key_id: str, values: dict[str, Any]) -> None:
-        insert = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+        insert = insert_for(connection.dialect.name)
         named = {"tenant": tenant, "subject_key_id": key_id} | values
         connection.execute(insert(KEY).values(**named).on_conflict_do_nothing())
 

@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection, Row, func, select, update
-from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
-from activities.services.database import Database
+from activities.services.database import Database, insert_for
 from activities.services.leases import Leases, check_in
 from activities.services.vectors import ALWAYS, EMBEDDING, LITTLE, MEMORY, Near, Vector, When, unit_vector
 from models.canonical import derived_id, sha256
@@ -397,7 +395,7 @@ def _cursor(model: str) -> tuple[Any, Any]:
 def _move(connection: Connection, model: str, rows: Sequence[Row[Any]], lease: str, epoch: int) -> None:
     """Remember how far the index is; a former holder of the lease may not."""
     check_in(connection, lease, epoch)
-    kind = sqlite_insert if connection.dialect.name == "sqlite" else pg_insert
+    kind = insert_for(connection.dialect.name)
     start = kind(CURSOR).values(store=STORE, model=model, position=0).on_conflict_do_nothing()
     connection.execute(start)
     connection.execute(update(CURSOR).where(*_cursor(model)).values(position=rows[-1].position))
