@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import subprocess
+import sys
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,6 +29,7 @@ from models.orders import Pace
 from models.policy import AgentPolicy, Policy
 from models.settings import Settings, TemporalSettings
 from models.visibility import Role
+from scripts.supervisor import LEASH
 from temporal import dev_server
 from temporal.client import Started, answer, connect, submit
 from temporal.converter import codec_of
@@ -49,9 +52,10 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TemporalSetti
         task_timeout=timedelta(seconds=2),
     )
     data = tmp_path_factory.mktemp("temporal")
-    argv = dev_server.argv(dev_server.binary(), settings, data)
+    program = dev_server.argv(dev_server.binary(), settings, data)
+    argv = (sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), "--", *program)
     with open(data / "log", "wb") as log:
-        process = subprocess.Popen(argv, stdout=log, stderr=log)
+        process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
     try:
         asyncio.run(dev_server.wait_ready(settings))
         yield settings

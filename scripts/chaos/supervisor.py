@@ -39,6 +39,7 @@ from models.visibility import Role
 from scripts.chaos.cases import ASKED, BLIND, NULL, OPPOSITE, SITE, Case, Story
 from scripts.chaos.hooks import Hit, How
 from scripts.chaos.worker import arms_of
+from scripts.supervisor import LEASH
 from temporal import dev_server
 from temporal.client import answer, connect, submit
 from workers.compose import utc_now
@@ -117,9 +118,13 @@ class Server:
         await dev_server.wait_ready(self._settings, dev_server.search_attributes())
 
     def _launch(self) -> None:
-        argv = dev_server.argv(dev_server.binary(), self._settings, self._data)
+        program = dev_server.argv(dev_server.binary(), self._settings, self._data)
+        argv = (sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), "--", *program)
         with open(self._data / "temporal.log", "ab") as log:
-            self._process = subprocess.Popen(argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            # A session of its own: a group that loses its parent while one of it is stopped is hung up on.
+            self._process = subprocess.Popen(
+                argv, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
 
     def kill(self) -> None:
         """SIGKILL it."""
@@ -340,6 +345,7 @@ async def stack(settings: Settings, sizes: Mapping[Role, int] = SIZES) -> AsyncG
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd=Path(__file__).resolve().parents[2],
+        start_new_session=True,
     )
     chaos.workers = workers = Workers(process, chaos.fallen)
     for name, count in sizes.items():
