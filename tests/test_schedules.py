@@ -47,6 +47,17 @@ async def until(happened: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
+async def apply(schedules: Schedules, wanted: tuple[ScheduleSettings, ...]) -> list[Any]:
+    """Apply, and wait until Temporal's own list, which lags behind, says the same."""
+    changed = await schedules.apply(wanted, AGENTS)
+
+    async def listed() -> bool:
+        return {one.name for one in await schedules.listed(())} == {one.name for one in wanted}
+
+    await until(listed)
+    return list(changed)
+
+
 async def outcomes(stack: Stack) -> list[Event]:
     events = await stack.ledger.tail(stack.settings.tenant, 10_000)
     return [event for event in events if event.type is EventType.OUTCOME]
@@ -58,15 +69,14 @@ def changes(changed: list[Any]) -> dict[str, Change]:
 
 async def test_applying_twice_changes_nothing_the_second_time(stack: Stack) -> None:
     schedules, wanted = schedules_of(stack), (schedule("weekly"), schedule("daily", cron="0 6 * * *"))
-    assert changes(await schedules.apply(wanted, AGENTS)) == {"weekly": "created", "daily": "created"}
-    assert changes(await schedules.apply(wanted, AGENTS)) == {"weekly": "unchanged", "daily": "unchanged"}
+    assert changes(await apply(schedules, wanted)) == {"weekly": "created", "daily": "created"}
+    assert changes(await apply(schedules, wanted)) == {"weekly": "unchanged", "daily": "unchanged"}
 
 
 async def test_what_differs_is_changed_and_what_is_gone_is_deleted(stack: Stack) -> None:
     schedules = schedules_of(stack)
-    await schedules.apply((schedule("weekly"), schedule("daily")), AGENTS)
-    await until(lambda: _count(schedules.listed(()), 2))  # Temporal's own list lags behind
-    changed = await schedules.apply((schedule("weekly", cron="0 9 * * 1"),), AGENTS)
+    await apply(schedules, (schedule("weekly"), schedule("daily")))
+    changed = await apply(schedules, (schedule("weekly", cron="0 9 * * 1"),))
     assert changes(changed) == {"weekly": "updated", "daily": "deleted"}
     described = await schedules.handle("weekly").describe()
     assert {time.hour for time in described.info.next_action_times} == {9}
@@ -76,14 +86,14 @@ async def test_what_differs_is_changed_and_what_is_gone_is_deleted(stack: Stack)
 
 async def test_schedules_of_another_tenant_are_left_alone(stack: Stack) -> None:
     other = Schedules(stack.client, f"{stack.settings.tenant}x", stack.settings.temporal)
-    await other.apply((schedule(),), AGENTS)
-    assert changes(await schedules_of(stack).apply((), AGENTS)) == {}
-    assert changes(await other.apply((), AGENTS)) == {"weekly": "deleted"}
+    await apply(other, (schedule(),))
+    assert changes(await apply(schedules_of(stack), ())) == {}
+    assert changes(await apply(other, ())) == {"weekly": "deleted"}
 
 
 async def test_each_scheduled_time_is_one_request_however_often_it_is_delivered(stack: Stack) -> None:
     schedules = schedules_of(stack)
-    await schedules.apply((schedule(paused=True, cron="0 8 * * *"),), AGENTS)
+    await apply(schedules, (schedule(paused=True, cron="0 8 * * *"),))
     two_days = ScheduleBackfill(
         start_at=datetime(2026, 1, 5, tzinfo=UTC),
         end_at=datetime(2026, 1, 7, tzinfo=UTC),
@@ -108,7 +118,7 @@ async def test_each_scheduled_time_is_one_request_however_often_it_is_delivered(
 
 async def test_a_trigger_by_hand_starts_a_run(stack: Stack) -> None:
     schedules = schedules_of(stack)
-    await schedules.apply((schedule(),), AGENTS)
+    await apply(schedules, (schedule(),))
     await schedules.handle("weekly").trigger()
     await until(lambda: _count(outcomes(stack), 1))
     assert (await outcomes(stack))[0].body["status"] == "executed"
@@ -117,9 +127,9 @@ async def test_a_trigger_by_hand_starts_a_run(stack: Stack) -> None:
 
 async def test_a_schedule_paused_by_hand_stays_paused_until_it_is_resumed(stack: Stack) -> None:
     schedules = schedules_of(stack)
-    await schedules.apply((schedule(),), AGENTS)
+    await apply(schedules, (schedule(),))
     await schedules.pause("weekly", "paused by ann")
-    assert changes(await schedules.apply((schedule(cron="0 9 * * 1"),), AGENTS)) == {"weekly": "updated"}
+    assert changes(await apply(schedules, (schedule(cron="0 9 * * 1"),))) == {"weekly": "updated"}
     [listed] = await schedules.listed((schedule(cron="0 9 * * 1"),))
     assert listed.paused
     assert listed.note == "paused by ann"
@@ -129,15 +139,14 @@ async def test_a_schedule_paused_by_hand_stays_paused_until_it_is_resumed(stack:
 
 async def test_a_changed_pause_in_the_settings_holds(stack: Stack) -> None:
     schedules = schedules_of(stack)
-    await schedules.apply((schedule(paused=True),), AGENTS)
-    await schedules.apply((schedule(paused=False),), AGENTS)
+    await apply(schedules, (schedule(paused=True),))
+    await apply(schedules, (schedule(paused=False),))
     assert not (await schedules.listed((schedule(),)))[0].paused
 
 
 async def test_the_list_says_what_is_missing_different_and_surplus(stack: Stack) -> None:
     schedules = schedules_of(stack)
-    await schedules.apply((schedule("a"), schedule("b"), schedule("d")), AGENTS)
-    await until(lambda: _count(schedules.listed(()), 3))
+    await apply(schedules, (schedule("a"), schedule("b"), schedule("d")))
     wanted = (schedule("b", cron="1 1 * * 1"), schedule("c"), schedule("d"))
     standing = {one.name: one.standing for one in await schedules.listed(wanted)}
     assert standing == {
@@ -161,7 +170,7 @@ async def test_a_wrong_schedule_is_refused_with_its_remedy(
     stack: Stack, wanted: tuple[ScheduleSettings, ...], said: str
 ) -> None:
     with pytest.raises(InvalidInput, match=said):
-        await schedules_of(stack).apply(wanted, AGENTS)
+        await apply(schedules_of(stack), wanted)
 
 
 async def test_pausing_an_unknown_schedule_names_the_known_ones(stack: Stack) -> None:
