@@ -21,6 +21,7 @@ from temporalio.client import WorkflowFailureError
 
 from activities.connectors.null import Null
 from activities.tiers.scripted import Scripted
+from models.beliefs import Mail, owner_id
 from models.gate import Kind
 from models.ledger import EventType
 from models.loop import GateRule, Outcome, Request
@@ -29,6 +30,7 @@ from models.policy import AgentPolicy
 from models.settings import ContentSettings, Settings, SiteSettings, TemporalSettings, TierSettings
 from models.visibility import Queue, Role
 from temporal import dev_server
+from temporal.beliefs import settle
 from temporal.client import Started, submit
 from tests.conftest import ROLES, a_key, free_port, note, settings_for, stack_of
 from tests.shared import Odd, Shared, odd, policies
@@ -219,6 +221,18 @@ async def calendar_started(shared: Shared) -> Started:
     await shared.until(Started(article, shared.client.get_workflow_handle(article)), EventType.INTENT)
     await shared.client.get_workflow_handle(article).cancel()
     return run
+
+
+@flow
+async def belief_settled(shared: Shared) -> Started:
+    subject = a_key()
+    for number, event in enumerate(("e1", "e2", "e1")):
+        mail = Mail(agent="pricing", event=event, sets={"price": str(number)})
+        await settle(shared.client, "default", subject, mail)
+    owner = owner_id("default", subject)
+    handle = shared.client.get_workflow_handle(owner, result_type=Outcome)
+    await handle.terminate("recorded")
+    return Started(owner, handle)
 
 
 async def _raw(shared: Shared, kind: str, *payloads: Any) -> Started:

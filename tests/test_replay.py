@@ -16,6 +16,7 @@ from temporalio.worker import Replayer
 from temporal.plugin import CountersignPlugin
 from tests.variants import AGENTS
 from workers import registry
+from workflows.beliefs import BeliefOwner
 from workflows.unknown import Unknown
 
 FOLDER = Path(__file__).parent / "histories"
@@ -36,15 +37,18 @@ def kind(path: Path) -> str:
 
 @pytest.mark.parametrize("path", HISTORIES, ids=lambda path: path.stem)
 async def test_every_recorded_history_replays_on_todays_code(path: Path) -> None:
-    replayer = Replayer(workflows=[*registry.agents(), *AGENTS, Unknown], plugins=[CountersignPlugin()])
+    replayer = Replayer(
+        workflows=[*registry.agents(), *AGENTS, BeliefOwner, Unknown], plugins=[CountersignPlugin()]
+    )
     result = await replayer.replay_workflow(read(path), raise_on_replay_failure=False)
     assert result.replay_failure is None
 
 
 def test_every_workflow_type_has_a_recorded_history() -> None:
     recorded = {kind(path) for path in HISTORIES}
-    assert {agent.SPEC.name for agent in registry.agents()} <= recorded
-    assert recorded - {agent.SPEC.name for agent in (*registry.agents(), *AGENTS)} == {"nobody"}
+    ours = {agent.SPEC.name for agent in registry.agents()} | {"belief"}
+    assert ours <= recorded
+    assert recorded - ours - {agent.SPEC.name for agent in AGENTS} == {"nobody"}
 
 
 async def test_a_history_of_other_decisions_does_not_replay() -> None:
