@@ -45,8 +45,8 @@ ROLES = (Role.DECIDE, Role.INFER, Role.REMEMBER, Role.ACT)
 PAIRS = 5
 BARE_PROCESSES = 2
 """One Python process uses one core; the floor shall have the machine too."""
-SMALL, LARGE = 200, 15_000
-"""Bytes of the body; histories must not grow with it."""
+SMALL, MEDIUM, LARGE = 200, 5_000, 15_000
+"""Bytes of the body. A card that fits stands in the history whole; beyond its limit nothing may grow."""
 
 
 @dataclass
@@ -153,7 +153,7 @@ async def measure(bench: Bench, run: Run, decisions: int, concurrency: int) -> d
 async def histories(bench: Bench) -> dict[str, Any]:
     """Events and bytes of one history, with a small and with a large body."""
     sizes: dict[str, Any] = {}
-    for name, size in (("small", SMALL), ("large", LARGE)):
+    for name, size in (("small", SMALL), ("medium", MEDIUM), ("large", LARGE)):
         _, handle = await bench.ours(size)
         events = (await handle.fetch_history()).events
         sizes[name] = {
