@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from activities.services.beliefs import Beliefs
-from activities.services.content import ContentStore
+from activities.services.content import ContentStore, guard
 from activities.services.database import Database
 from activities.services.erasure import Erasure
 from activities.services.keeping import take
@@ -22,9 +22,10 @@ from activities.services.ledger_store import LedgerStore
 from activities.services.memory_store import MemoryStore
 from activities.services.migrations import migrate
 from activities.services.short_term import Key, ShortTerm
+from activities.services.vault import Keys
 from activities.services.vectors import ExactVectors
 from models.beliefs import Change
-from models.errors import MemoryUnavailable, UnknownName
+from models.errors import KeyDestroyed, MemoryUnavailable, UnknownName
 from models.ledger import Draft, EventType
 from models.memory import Cause, Kept, Memo, Recall, Search
 from models.settings import Settings
@@ -195,6 +196,16 @@ async def test_the_key_of_a_subject_is_destroyed_in_the_transaction_that_erases_
     await erasure.forget("default", ANN, by="dpo")
     assert destroyed == [("default", ANN)] * 2
     assert await place.ask("tea") == ["b1"]
+
+
+async def test_with_encryption_on_the_subjects_key_is_destroyed_without_asking_for_it(place):
+    sealed = guard(Database(str(place.database.engine.url)), Keys("k1", {"k1": b"k" * 32}))
+    ref = await ContentStore(sealed).put("default", b"what Ann wrote", "text/plain", subject=ANN)
+    assert await ContentStore(sealed).get("default", ref) == b"what Ann wrote"
+    await Erasure(sealed, lambda: NOW).forget("default", ANN, by="dpo")
+    with pytest.raises(KeyDestroyed):
+        await ContentStore(sealed).get("default", ref)
+    sealed.close()
 
 
 async def test_what_nobody_knows_about_cannot_be_erased(place):

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, delete, func, or_, select, update
 
 from activities.services import keeping
 from activities.services.beliefs import HEAD, SNAPSHOT
-from activities.services.content import BLOB
+from activities.services.content import BLOB, vault_of
 from activities.services.database import Database, to_micros
 from activities.services.keeping import GIVEN, SUPPORT
 from activities.services.ledger_store import add_in
@@ -77,7 +77,8 @@ class Erasure:
             clock: stamps what is emptied, and the receipt.
             index: vectors outside SQL.
             cache: derived answers of this process.
-            destroy_key: destroys the key of tenant and subject in the erasing transaction.
+            destroy_key: destroys the key of tenant and subject in the erasing transaction, instead of the
+                vault that seals this database's content.
         """
         self._destroy_key = destroy_key
         self._database = database
@@ -117,8 +118,10 @@ class Erasure:
 
     def _erase(self, link: Connection, tenant: str, subject: str, found: _Found) -> frozenset[str]:
         now = self._clock()
-        if self._destroy_key is not None:
-            self._destroy_key(link, tenant, subject, to_micros(now))
+        vault = vault_of(link)
+        destroy = self._destroy_key or (vault.destroy if vault is not None else None)
+        if destroy is not None:
+            destroy(link, tenant, subject, to_micros(now))
         return _erase(link, tenant, subject, found, now)
 
     async def _left(self, tenant: str, subject: str, found: _Found, shared: frozenset[str]) -> dict[str, int]:
