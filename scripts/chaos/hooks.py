@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -92,6 +93,7 @@ class Arms:
         """Makes the folders."""
         self._armed, self._hit, self._woken = folder / "armed", folder / "hit", folder / "woken"
         self._known: dict[str, Hit] = {}
+        self._falling = threading.Lock()
         for path in (self._armed, self._hit, self._woken):
             path.mkdir(parents=True, exist_ok=True)
 
@@ -103,14 +105,16 @@ class Arms:
         """Fall here if this is armed."""
         scope = scope_now()
         name = f"{scope.run}@{scope.step}.{point}"
-        try:
-            os.rename(self._armed / name, self._hit / name)
-        except FileNotFoundError:
-            return
-        how = How((self._hit / name).read_text())
-        (self._hit / name).write_text(f"{how} {os.getpid()}")
-        scope.stopped = name
-        self._fall(how)
+        # Another thread that falls meanwhile must not take this process with it before its name is written.
+        with self._falling:
+            try:
+                os.rename(self._armed / name, self._hit / name)
+            except FileNotFoundError:
+                return
+            how = How((self._hit / name).read_text())
+            (self._hit / name).write_text(f"{how} {os.getpid()}")
+            scope.stopped = name
+            self._fall(how)
 
     def woke(self, name: str) -> None:
         """Say that a step that was stopped is over."""
