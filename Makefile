@@ -13,14 +13,17 @@ COMPILE := $(UV) pip compile --quiet --no-header --generate-hashes
 # and a touched file does not.
 hash = $(shell { cat requirements-uv.lock requirements-build.lock pyproject.toml $(1); echo $(CURDIR); } | cksum | cut -d' ' -f1)
 DEV := $(VENV)/.stamp-dev-$(call hash,requirements-dev.lock)
+PEERS := $(VENV)-peers/.stamp-$(call hash,requirements-bench.lock)
 RUN := $(VENV)/.stamp-run-$(call hash,requirements.lock)
 
-.PHONY: help setup demo up doctor check format test test-real lock clean
+.PHONY: help setup peers demo up doctor check format test test-real lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(DEV) ## own environment with everything for development
+
+peers: $(PEERS) ## the environment of the peers that benchmarks run beside ours
 
 demo: $(RUN) ## propose, approve and publish on this machine
 	$(BIN)/countersign demo
@@ -54,9 +57,10 @@ lock: $(BIN)/.uv ## resolve the versions again
 	$(COMPILE) pyproject.toml --group dev -o requirements-dev.lock
 	$(COMPILE) requirements-uv.in -o requirements-uv.lock
 	$(COMPILE) requirements-build.in -o requirements-build.lock
+	$(COMPILE) requirements-bench.in -o requirements-bench.lock
 
 clean: ## remove the environment; data in var/ stays
-	rm -rf $(VENV) *.egg-info .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-peers *.egg-info .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/.uv: requirements-uv.lock
@@ -78,6 +82,12 @@ $(RUN): | $(BIN)/.uv
 	  $(call install,requirements.lock); \
 	fi
 	rm -f $(VENV)/.stamp-run-*
+	touch $@
+
+$(PEERS): | $(BIN)/.uv
+	$(PYTHON) -m venv $(VENV)-peers
+	VIRTUAL_ENV=$(CURDIR)/$(VENV)-peers $(BIN)/uv pip sync --quiet --require-hashes requirements-bench.lock
+	rm -f $(VENV)-peers/.stamp-*
 	touch $@
 
 # What builds our own package is pinned by hash as well; it runs code.
