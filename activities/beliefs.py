@@ -7,6 +7,7 @@ from typing import Protocol
 from temporalio import activity
 
 from models.beliefs import Belief, Delivered, Delivery, Look, Owning
+from models.errors import LedgerConflict
 
 
 class Store(Protocol):
@@ -17,7 +18,11 @@ class Store(Protocol):
         ...
 
     async def deliver(self, delivery: Delivery) -> Delivered:
-        """Handle mail in order."""
+        """Handle mail in order.
+
+        Raises:
+            LedgerConflict: another run owns the subject by now.
+        """
         ...
 
     async def now(self, tenant: str, agent: str, subject: str) -> Belief:
@@ -39,12 +44,13 @@ class Believing:
 
     @activity.defn(name="belief_deliver")
     async def deliver(self, delivery: Delivery) -> Delivered:
-        """Handle mail in order.
-
-        Raises:
-            LedgerConflict: another run owns the subject by now.
-        """
-        return await self._store.deliver(delivery)
+        """Handle mail in order; `fenced` when another run owns the subject by now."""
+        holder = activity.info().workflow_run_id or ""
+        try:
+            return await self._store.deliver(delivery.model_copy(update={"holder": holder}))
+        except LedgerConflict:
+            # Only the run knows whether it is still the owner: one that was replaced never hears this answer.
+            return Delivered(fenced=True)
 
     @activity.defn(name="belief_read")
     async def read(self, look: Look) -> Belief:

@@ -112,7 +112,8 @@ class Ownership(Frozen):
     tenant: Name
     subject: Subject
     answered: tuple[Handled, ...] = ()
-    """The newest answers, oldest first; older events are known to SQL."""
+    """The newest answers, oldest first, to answer repetitions quickly; each event that ever changed a belief
+    is known to SQL, committed with the change itself, so that this need not grow."""
     waiting: tuple[Mail, ...] = ()
     handled: int = 0
     refused: int = 0
@@ -135,12 +136,16 @@ class Delivery(Frozen):
     subject: Subject
     epoch: int
     mails: tuple[Mail, ...] = Field(min_length=1)
+    holder: str = ""
+    """The run that hands it in; the ledger names it, and another run of the same epoch is refused."""
 
 
 class Delivered(Frozen):
     """What became of each."""
 
-    handled: tuple[Handled, ...]
+    handled: tuple[Handled, ...] = ()
+    fenced: bool = False
+    """Nothing was handled: somebody else has taken the subject since. Whoever is the owner takes it anew."""
 
 
 class Look(Frozen):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from temporalio.client import Client, WithStartWorkflowOperation
 from temporalio.common import WorkflowIDConflictPolicy
@@ -13,8 +15,26 @@ from models.visibility import Queue
 WORKFLOW = "belief"
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How an owner is started, if there is none; one that runs keeps its own."""
+
+    task_timeout: timedelta = timedelta(seconds=10)
+    """How long Temporal waits for a worker that may have fallen."""
+    hand_over_after: int = 2000
+    """Mail that one run handles."""
+
+
+USUAL = Terms()
+
+
 async def settle(
-    client: Client, tenant: str, subject: str, mail: Mail, patience: timedelta = timedelta(minutes=1)
+    client: Client,
+    tenant: str,
+    subject: str,
+    mail: Mail,
+    patience: timedelta = timedelta(minutes=1),
+    terms: Terms = USUAL,
 ) -> Handled:
     """Change a belief in its turn, and learn what became of it; sending twice changes nothing twice."""
     return await client.execute_update_with_start_workflow(
@@ -22,25 +42,27 @@ async def settle(
         mail.model_dump(mode="json"),
         result_type=Handled,
         start_workflow_operation=WithStartWorkflowOperation(
-            WORKFLOW,
-            Ownership(tenant=tenant, subject=subject),
-            id=owner_id(tenant, subject),
-            task_queue=Queue.DECIDE,
-            id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
-            static_summary=f"belief about {subject}"[:190],
+            WORKFLOW, static_summary=f"belief about {subject}"[:190], **_start(tenant, subject, terms)
         ),
         rpc_timeout=patience,
     )
 
 
-async def tell(client: Client, tenant: str, subject: str, mail: Mail) -> None:
+async def tell(client: Client, tenant: str, subject: str, mail: Mail, terms: Terms = USUAL) -> None:
     """Put mail into the owner's box and go on."""
     await client.start_workflow(
         WORKFLOW,
-        Ownership(tenant=tenant, subject=subject),
-        id=owner_id(tenant, subject),
-        task_queue=Queue.DECIDE,
-        id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
         start_signal="tell",
         start_signal_args=[mail.model_dump(mode="json")],
+        **_start(tenant, subject, terms),
     )
+
+
+def _start(tenant: str, subject: str, terms: Terms) -> dict[str, Any]:
+    return {
+        "arg": Ownership(tenant=tenant, subject=subject, hand_over_after=terms.hand_over_after),
+        "id": owner_id(tenant, subject),
+        "task_queue": Queue.DECIDE,
+        "task_timeout": terms.task_timeout,
+        "id_conflict_policy": WorkflowIDConflictPolicy.USE_EXISTING,
+    }

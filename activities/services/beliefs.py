@@ -143,6 +143,17 @@ def change_in(
     connection: Connection, change: Change, expected: int | None, epoch: int | None, now: datetime
 ) -> Settled:
     """Make the next version inside a transaction that is under way."""
+    return _change(connection, change, expected, epoch, now)
+
+
+def _change(
+    connection: Connection,
+    change: Change,
+    expected: int | None,
+    epoch: int | None,
+    now: datetime,
+    owner: Delivery | None = None,
+) -> Settled:
     head = _head(connection, change.tenant, change.agent, change.subject)
     standing = belief_in(connection, change.tenant, change.agent, change.subject)
     mine = _mine(SNAPSHOT, change.tenant, change.agent, change.subject)
@@ -156,12 +167,13 @@ def change_in(
             won=False, belief=standing, reason=f"version {expected} was followed by {head.version}"
         )
     made = apply(standing, change)
-    _store(connection, made, change.event, head, now)
+    _store(connection, made, change.event, head, now, owner)
     return Settled(won=True, belief=made, at=now)
 
 
 def _deliver(connection: Connection, delivery: Delivery, now: datetime) -> Delivered:
-    check_in(connection, owner_lease(delivery.tenant, delivery.subject), delivery.epoch)
+    lease = owner_lease(delivery.tenant, delivery.subject)
+    check_in(connection, lease, delivery.epoch, delivery.holder)
     return Delivered(handled=tuple(_handle(connection, delivery, mail, now) for mail in delivery.mails))
 
 
@@ -169,7 +181,7 @@ def _handle(connection: Connection, delivery: Delivery, mail: Mail, now: datetim
     content = mail.model_dump(include={"agent", "event", "sets", "removes", "memories"})
     change = Change(tenant=delivery.tenant, subject=delivery.subject, **content)
     try:
-        done = change_in(connection, change, mail.expected, None, now)
+        done = _change(connection, change, mail.expected, None, now, delivery)
     except InvalidInput as error:
         standing = belief_in(connection, change.tenant, change.agent, change.subject)
         done = Settled(won=False, belief=standing, reason=error.message)
@@ -255,10 +267,18 @@ def _claim(connection: Connection, tenant: str, agent: str, subject: str, holder
     return int(head.epoch) + 1
 
 
-def _store(connection: Connection, made: Belief, event: str, head: Row[Any], now: datetime) -> None:
+def _store(
+    connection: Connection,
+    made: Belief,
+    event: str,
+    head: Row[Any],
+    now: datetime,
+    owner: Delivery | None = None,
+) -> None:
     state = canonical(made)
     key = dict(tenant=made.tenant, agent=made.agent, subject=made.subject, version=made.version)
-    facts = dict(event_id=event, epoch=head.epoch, state=state, digest=sha256(state))
+    epoch = owner.epoch if owner is not None else head.epoch
+    facts = dict(event_id=event, epoch=epoch, state=state, digest=sha256(state))
     connection.execute(SNAPSHOT.insert().values(**key, **facts, recorded_at=to_micros(now)))
     moved = connection.execute(
         update(HEAD)
@@ -268,7 +288,7 @@ def _store(connection: Connection, made: Belief, event: str, head: Row[Any], now
     )
     if moved.rowcount != 1:
         raise LedgerConflict(f"belief: {made.subject} changed meanwhile; read it and decide again")
-    add_in(connection, made.tenant, _event(made, event, facts["digest"]), now)
+    add_in(connection, made.tenant, _event(made, event, facts["digest"], owner), now)
 
 
 def belief_stream(tenant: str, agent: str, subject: str) -> str:
@@ -276,7 +296,8 @@ def belief_stream(tenant: str, agent: str, subject: str) -> str:
     return f"belief/{derived_id('belief', tenant, agent, subject)}"
 
 
-def _event(made: Belief, event: str, digest: Any) -> Draft:
+def _event(made: Belief, event: str, digest: Any, owner: Delivery | None) -> Draft:
+    by = {"owner": owner.holder, "epoch": owner.epoch} if owner is not None and owner.holder else {}
     stream = belief_stream(made.tenant, made.agent, made.subject)
     return Draft(
         # After an erasure versions begin anew; the event that changes it does not.
@@ -287,7 +308,7 @@ def _event(made: Belief, event: str, digest: Any) -> Draft:
         actor_ref=made.agent,
         correlation_id=stream,
         causation_id=event,
-        body={"version": made.version, "state": digest},
+        body={"version": made.version, "state": digest, **by},
     )
 
 

@@ -63,13 +63,16 @@ def seize_in(connection: Connection, name: str, holder: str, now: datetime) -> i
     return int(row.epoch) + 1
 
 
-def check_in(connection: Connection, name: str, epoch: int) -> None:
-    """Refuse a protected write of a former holder; in the transaction of that write.
+def check_in(connection: Connection, name: str, epoch: int, holder: str = "") -> None:
+    """Refuse a protected write of a former holder, or of another one; in the transaction of that write.
 
     Raises:
         LedgerConflict: somebody else has taken over.
     """
-    query = select(LEASE.c.epoch).where(LEASE.c.name == name).with_for_update()
-    now = connection.execute(query).scalar_one_or_none()
-    if now != epoch:
+    query = select(LEASE.c.epoch, LEASE.c.holder).where(LEASE.c.name == name).with_for_update()
+    row = connection.execute(query).first()
+    now = row.epoch if row is not None else None
+    if row is None or now != epoch:
         raise LedgerConflict(f"lease: {name} epoch {epoch} was followed by {now}; take it again first")
+    if holder and row.holder != holder:
+        raise LedgerConflict(f"lease: {name} epoch {epoch} is somebody else's; take it yourself first")
