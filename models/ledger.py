@@ -35,7 +35,12 @@ class EventType(StrEnum):
     IN_DOUBT = "in_doubt"
     OUTCOME = "outcome"
     BELIEF = "belief"
+    ERASURE_ORDER = "erasure_order"
+    """A person wants a subject erased; it names what goes, and stands before anything is gone."""
     ERASURE = "erasure"
+    """The receipt: what was erased on an order, and that nothing was found afterwards."""
+    KEY_ROTATED = "key.rotated"
+    """A key was replaced or revoked: of the ledger, of the vault, or a person's."""
 
 
 class Draft(Frozen):

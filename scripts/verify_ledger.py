@@ -7,12 +7,14 @@
 KEY is what `countersign ledger key` prints, from where you trust it; repeat it for each key that signed.
 NOTE is a file with a checkpoint kept outside. Exit 0: sound. 1: tampered, with the first bad event. 2: not
 to be told, something is missing. The tree is that of RFC 9162. The verdicts before an effect must be enough
-under the gate of its intent. An export is one JSON object a line:
+under the gate of its intent, and what is gone must have been ordered to go. An export is one JSON object a
+line:
 
     {"format", "origin", "tenant", "size", "root"}   first
     {"intent": SHA-256, "data_base64"}               what people were asked, before the event that names it
     {"specversion": "1.0", …, "data_base64"}         an event in CloudEvents names, and the bytes of its leaf
     {"checkpoint": NOTE}                             a signed note (C2SP), after the last event that it covers
+    {"gone": NAME, "key", "at"}                      an erased payload before its event, a destroyed key first
 """
 
 import argparse
@@ -187,11 +189,16 @@ class Conduct:
         self.intents: dict[str, bytes] = {}
         self.streams: dict[str, str] = {}
         self.missing: set[str] = set()
+        self.ordered: dict[str | None, datetime] = {}
+        self.orders: dict[str, str] = {}
+        self.gone: list[tuple[int, str, str | None, datetime | None]] = []
 
     def take(self, event: Plain) -> list[str]:
         """What is wrong with the next event, given those before it."""
         name, stream, kind, body = event["correlation_id"], event["stream"], event["type"], event["body"]
         run = self.runs[name]
+        if kind in ("erasure_order", "erasure"):
+            return self._of_erasure(event, kind, body)
         if stream == name:
             return self._of_run(run, event, kind, body, str(body.get("digest")))
         if kind in EFFECTS and stream == f"{name}/act":
@@ -218,6 +225,26 @@ class Conduct:
             run["ended"].add(body.get("status"))
             for one in run.pop("intents", ()):
                 self.intents.pop(one, None)
+        return wrong
+
+    def _of_erasure(self, event: Plain, kind: str, body: Plain) -> list[str]:
+        if kind == "erasure":
+            answers = self.orders.pop(str(body.get("order")), None) == event["stream"]
+            return (
+                [] if answers else ["it is the receipt of an erasure, and no order to erase stands before it"]
+            )
+        self.orders[event["event_id"]] = event["stream"]
+        for name in (*body["payloads"], body.get("key", "")):
+            self.ordered.setdefault(name, moment(event["recorded_at"]))
+        return []
+
+    def unordered(self) -> list[tuple[int, str]]:
+        """What is gone without an order to erase it, or before one."""
+        wrong = list[tuple[int, str]]()
+        for seq, name, key, at in self.gone:
+            when = [self.ordered[one] for one in (name, key) if one in self.ordered]
+            if not when or (at is not None and at < min(when)):
+                wrong.append((seq, f"{name} is gone, and nobody had ordered it to be erased"))
         return wrong
 
     def _of_effect(self, run: Run, event: Plain, kind: str, key: str) -> list[str]:
@@ -293,6 +320,9 @@ class Check:
             if hashlib.sha256(data).hexdigest() != plain["intent"]:
                 self._find(f"what stands for intent {plain['intent']} has another digest")
             self.conduct.intents[plain["intent"]] = data
+        elif "gone" in plain:
+            at = moment(plain["at"]).astimezone() if plain["at"] else None
+            self.conduct.gone.append((self.size + 1, str(plain["gone"]), plain["key"], at))
         else:
             self._note(plain["checkpoint"])
 
@@ -358,6 +388,7 @@ class Check:
             self.gaps.append("the export has no beginning")
         elif (header["size"], header["root"]) != (self.size, root):
             self._find(f"the log ends at {self.size} events, not as its beginning says", self.matched + 1)
+        self.wrong += self.conduct.unordered()
         if not self.keys:
             self.gaps.append("no key was given, so nobody vouches for the log")
         elif self.size and not self.signed and not self.witnessed:

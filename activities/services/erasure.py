@@ -1,7 +1,8 @@
 """Erasing a subject: records, words, vectors, beliefs, cache and texts, then a second look, then a receipt.
 
-The receipt is a ledger event and is issued only when the second look found nothing; until then erasing again
-goes on where it stopped. What the ledger itself holds are references and derived ids, which stay.
+The order stands in the ledger before anything is gone, and names what goes. The receipt is a ledger event too
+and is issued only when the second look found nothing; until then erasing again goes on where it stopped. What
+the ledger itself holds are references and derived ids, which stay.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from activities.services.beliefs import HEAD, SNAPSHOT
 from activities.services.content import BLOB, vault_of
 from activities.services.database import Database, to_micros
 from activities.services.keeping import GIVEN, SUPPORT
-from activities.services.ledger_store import add_in
+from activities.services.ledger_export import CHUNK, payloads
+from activities.services.ledger_store import EVENT, add_in, entries_in
 from activities.services.short_term import ShortTerm
 from activities.services.vectors import EMBEDDING, MEMORY
 from activities.services.words import compact_words
@@ -100,6 +102,7 @@ class Erasure:
             raise UnknownName(
                 f"subject: nothing is known about {subject!r}; `countersign memory stats` counts"
             )
+        order = await self._order(tenant, subject, by, found)
         for model in found.models if self._index else ():
             await self._index_of().delete(tenant, model, found.ids)
         shared = await self._database.write(lambda link: self._erase(link, tenant, subject, found))
@@ -114,7 +117,22 @@ class Erasure:
             "texts": len(found.digests) - len(shared),
             "cached": dropped,
         }
-        return await self._receipt(tenant, subject, by, removed, left, len(shared))
+        body = {"order": order, "removed": removed, "left": left, "shared": len(shared)}
+        event = await self._log(tenant, subject, by, EventType.ERASURE, body)
+        return Erased(
+            subject_id=derived_id("subject", tenant, subject),
+            event_id=event,
+            removed=removed,
+            left=left,
+            shared=len(shared),
+        )
+
+    async def _order(self, tenant: str, subject: str, by: str, found: _Found) -> str:
+        """Log what is going to be erased, before anything is; returns the event's id."""
+        named = await self._database.read(lambda link: _in_ledger(link, tenant, found.digests))
+        key = await self._database.write(lambda link: _key(link, tenant, subject))
+        body: dict[str, Any] = {"payloads": sorted(named)} | ({} if key is None else {"key": key})
+        return await self._log(tenant, subject, by, EventType.ERASURE_ORDER, body)
 
     def _erase(self, link: Connection, tenant: str, subject: str, found: _Found) -> frozenset[str]:
         now = self._clock()
@@ -133,24 +151,27 @@ class Erasure:
             left["index"] = left.get("index", 0) + held
         return left
 
-    async def _receipt(
-        self, tenant: str, subject: str, by: str, removed: dict[str, int], left: dict[str, int], shared: int
-    ) -> Erased:
+    async def _log(self, tenant: str, subject: str, by: str, kind: EventType, body: dict[str, Any]) -> str:
         now, subject_id = self._clock(), derived_id("subject", tenant, subject)
         stream = f"erasure/{subject_id}"
-        draft = Draft(
-            event_id=derived_id("event", tenant, stream, EventType.ERASURE, now.isoformat()),
-            stream=stream,
-            type=EventType.ERASURE,
-            actor_kind="person",
-            actor_ref=by,
-            correlation_id=stream,
-            body={"subject": subject_id, "removed": removed, "left": left, "shared": shared},
-        )
-        await self._database.write(lambda link: add_in(link, tenant, draft, now))
-        return Erased(
-            subject_id=subject_id, event_id=draft.event_id, removed=removed, left=left, shared=shared
-        )
+
+        def add(link: Connection) -> str:
+            # By its place in the stream, so that of two attempts at one time each has its own.
+            place = len(entries_in(link, tenant, stream)) + 1
+            draft = Draft(
+                event_id=derived_id("event", tenant, stream, kind, place),
+                stream=stream,
+                type=kind,
+                actor_kind="person",
+                actor_ref=by,
+                correlation_id=stream,
+                causation_id=body.get("order"),
+                body={"subject": subject_id} | body,
+            )
+            add_in(link, tenant, draft, now)
+            return draft.event_id
+
+        return await self._database.write(add)
 
     def _index_of(self) -> Index:
         assert self._index is not None
@@ -205,6 +226,20 @@ def _erase(connection: Connection, tenant: str, subject: str, found: _Found, now
         connection.execute(delete(GIVEN).where(GIVEN.c.tenant == tenant, GIVEN.c.digest.in_(part)))
     compact_words(connection)
     return shared
+
+
+def _in_ledger(connection: Connection, tenant: str, digests: Sequence[str]) -> set[str]:
+    """Those that an event names. The name of another text would say in the ledger for ever what it was."""
+    left, found = set(digests), set[str]()
+    query = select(EVENT.c.type, EVENT.c.envelope).where(EVENT.c.log_id == tenant).order_by(EVENT.c.seq)
+    for row in connection.execute(query.execution_options(yield_per=CHUNK)) if left else ():
+        found |= payloads(row.type, bytes(row.envelope)) & left
+    return found
+
+
+def _key(connection: Connection, tenant: str, subject: str) -> str | None:
+    vault = vault_of(connection)
+    return None if vault is None else vault.key_id(connection, tenant, subject)
 
 
 def _still_used(connection: Connection, tenant: str, digests: Sequence[str]) -> Sequence[str]:

@@ -1,28 +1,36 @@
 """A log as a sequence of items, from the database or from an export, in which one line is one item.
 
 Event lines carry the attribute names of CloudEvents; `data_base64` holds the bytes that the tree commits to.
-An intent stands before the event that refers to it, a checkpoint right after the last event it covers.
+An intent stands before the event that refers to it, a checkpoint right after the last event it covers. What
+was erased is named too: a destroyed key right after the beginning, a payload before the event that names it.
 """
 
 from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, RowMapping, select
 
 from activities.services.checkpoints import CHECKPOINT, tree_of
-from activities.services.content import peek_blob
+from activities.services.content import BLOB, peek_blob
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import EVENT
+from activities.services.vault import KEY
 from models.errors import InvalidInput, LedgerBroken
 from models.ledger import Event, EventType
 
 FORMAT = "countersign-ledger/1"
 CHUNK = 4096
+PART = 500
+REF = {"digest", "size", "media_type"}
+"""The fields of a reference to content."""
+BOUND = ("digest", "card", "short_card")
+"""What an intent's event names besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,18 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """Something that is not to be had any more: a payload that an event names, or a key."""
+
+    name: str
+    """The payload's digest, or the key's id."""
+    key: str | None = None
+    """The key that a payload is sealed by, if it still stands there."""
+    at: str | None = None
+    """When a key was destroyed."""
+
+
+@dataclass(frozen=True, slots=True)
 class Unreadable:
     """A line that is no item."""
 
@@ -67,15 +87,17 @@ class Unreadable:
     why: str
 
 
-Item = Header | IntentBytes | Leaf | Note | Unreadable
+Item = Header | IntentBytes | Leaf | Note | Gone | Unreadable
 
 
 def of_database(link: Connection, tenant: str, origin: str) -> Iterator[Item]:
     """Everything of a log, as one transaction sees it."""
     _hold_still(link)
     yield _header(link, tenant, origin)
+    yield from _destroyed(link, tenant)
     notes = _notes(link, tenant)
-    for leaf in _leaves(link, tenant):
+    for leaf, gone in _with_gone(link, tenant):
+        yield from gone
         if leaf.beside["type"] == EventType.INTENT:
             yield from _intent(link, tenant, leaf)
         yield leaf
@@ -157,6 +179,8 @@ def _plain(item: Item, tenant: str) -> dict[str, Any]:
             return beside | {"data_base64": b64encode(item.envelope).decode()}
         case Note():
             return {"checkpoint": item.text}
+        case Gone():
+            return {"gone": item.name, "key": item.key, "at": item.at}
         case Unreadable():
             raise InvalidInput.field("export", f"line {item.line}", "it cannot be written back")
 
@@ -188,6 +212,10 @@ def _item(plain: dict[str, Any]) -> Item:
         return IntentBytes(plain["intent"], b64decode(plain["data_base64"], validate=True))
     if "checkpoint" in plain:
         return Note(plain["checkpoint"])
+    if "gone" in plain:
+        if plain["at"] is not None and datetime.fromisoformat(plain["at"]).tzinfo is None:
+            raise ValueError("a time says where it is meant")
+        return Gone(plain["gone"], plain["key"], plain["at"])
     envelope = b64decode(plain.pop("data_base64"), validate=True)
     return Leaf(int(plain["sequence"]), envelope, plain)
 
@@ -207,15 +235,62 @@ def _header(link: Connection, tenant: str, origin: str) -> Header:
     return Header(origin, tenant, tree.size, tree.root)
 
 
-def _leaves(link: Connection, tenant: str) -> Iterator[Leaf]:
+def payloads(kind: str, envelope: bytes) -> frozenset[str]:
+    """The content that an event names, which was stored in the commit that logged it."""
+    if kind != EventType.INTENT and b'"media_type"' not in envelope:
+        return frozenset()
+    try:
+        body = json.loads(envelope)["body"]
+        named = [one["digest"] for one in body.values() if isinstance(one, dict) and set(one) == REF]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return frozenset()
+    named += [body.get(name) for name in BOUND] if kind == EventType.INTENT else ()
+    return frozenset(one for one in named if isinstance(one, str))
+
+
+def _destroyed(link: Connection, tenant: str) -> Iterator[Gone]:
+    mine = (KEY.c.tenant == tenant, KEY.c.destroyed_at.is_not(None))
+    query = select(KEY.c.subject_key_id, KEY.c.destroyed_at).where(*mine).order_by(KEY.c.subject_key_id)
+    for row in link.execute(query).all():
+        yield Gone(row.subject_key_id, at=from_micros(row.destroyed_at).isoformat())
+
+
+def _with_gone(link: Connection, tenant: str) -> Iterator[tuple[Leaf, Sequence[Gone]]]:
+    """All events, each with what it names and is not to be had."""
+    told = set[str]()
+    for rows in _chunks(link, tenant):
+        named = [payloads(leaf.beside["type"], leaf.envelope) for leaf in rows]
+        gone = _gone(link, tenant, sorted(frozenset[str]().union(*named) - told))
+        for leaf, names in zip(rows, named, strict=True):
+            mine = sorted(name for name in names if name in gone and name not in told)
+            told.update(mine)
+            yield leaf, [gone[name] for name in mine]
+
+
+def _gone(link: Connection, tenant: str, names: Sequence[str]) -> dict[str, Gone]:
+    """Those of the payloads that are not there, or sealed by a key that was destroyed."""
+    there = dict[str, str | None]()
+    destroyed = (KEY.c.tenant == BLOB.c.tenant) & (KEY.c.subject_key_id == BLOB.c.sealed_by)
+    query = select(BLOB.c.digest, BLOB.c.sealed_by, KEY.c.destroyed_at).outerjoin_from(BLOB, KEY, destroyed)
+    for start in range(0, len(names), PART):
+        part = names[start : start + PART]
+        rows = link.execute(query.where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)))
+        there |= {row.digest: row.sealed_by if row.destroyed_at is not None else None for row in rows}
+    return {name: Gone(name, there.get(name)) for name in names if there.get(name, "absent") is not None}
+
+
+def _chunks(link: Connection, tenant: str) -> Iterator[list[Leaf]]:
     """All rows in order; by what was seen last, so that no number in the database can lead astray."""
     query = select(EVENT).where(EVENT.c.log_id == tenant).order_by(EVENT.c.seq).limit(CHUNK)
     rows = link.execute(query).mappings().all()
     while rows:
-        for row in rows:
-            beside = {name: value for name, value in row.items() if name not in ("log_id", "envelope")}
-            yield Leaf(row["seq"], bytes(row["envelope"]), beside)
+        yield [_leaf(row) for row in rows]
         rows = link.execute(query.where(EVENT.c.seq > rows[-1]["seq"])).mappings().all()
+
+
+def _leaf(row: RowMapping) -> Leaf:
+    beside = {name: value for name, value in row.items() if name not in ("log_id", "envelope")}
+    return Leaf(row["seq"], bytes(row["envelope"]), beside)
 
 
 def _intent(link: Connection, tenant: str, leaf: Leaf) -> Iterator[IntentBytes]:

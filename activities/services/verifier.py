@@ -15,8 +15,10 @@ from sqlalchemy import Connection, func, select
 from activities.services import merkle
 from activities.services.checkpoints import CHECKPOINT
 from activities.services.conduct import Conduct
+from activities.services.erased import Erased
 from activities.services.ledger_export import (
     CHUNK,
+    Gone,
     Header,
     IntentBytes,
     Item,
@@ -83,6 +85,7 @@ class Verifier:
         self._versions = dict[str, int]()
         self._ids = set[str]()
         self._conduct = Conduct()
+        self._erased = Erased()
         self._unsigned_old(old)
 
     def check(self, items: Iterable[Item], more: Iterable[Finding] = ()) -> Report:
@@ -119,6 +122,8 @@ class Verifier:
                 self._leaf(item)
             case Note():
                 self._note(item.text)
+            case Gone():
+                self._erased.miss(self._size + 1, item.name, item.key, item.at)
             case Unreadable():
                 self._find(f"line {item.line} cannot be read: {item.why}")
 
@@ -181,7 +186,7 @@ class Verifier:
 
     def _judged(self, event: Event) -> list[str]:
         try:
-            return list(self._conduct.take(event))
+            return [*self._conduct.take(event), *self._erased.take(event)]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             return [f"it, or what it rests on, cannot be read: {type(error).__name__}"]
 
@@ -219,6 +224,8 @@ class Verifier:
             self._find(f"the log ends at {self._size}, its beginning says {header.size}")
         elif header.root != merkle.root_of(self._peaks):
             self._find("the root is not the one its beginning names", self._matched + 1)
+        for seq, what in self._erased.end():
+            self._find(what, seq)
         if not self._keys:
             self._gaps["no key was given, so nobody vouches for the log"] = None
         elif self._size and not self._signed and not self._witnessed:

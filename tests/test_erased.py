@@ -1,0 +1,191 @@
+"""What is gone was ordered to go: by both verifiers, in the database and in an export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, delete, update
+
+from activities.services.checkpoints import Checkpoints, load_key
+from activities.services.content import BLOB, guard, put_blob
+from activities.services.database import Database, to_micros
+from activities.services.erasure import Erasure
+from activities.services.keeping import take
+from activities.services.ledger_export import of_database, of_lines, to_lines
+from activities.services.ledger_store import add_in
+from activities.services.migrations import migrate
+from activities.services.vault import KEY, Keys
+from activities.services.verifier import Report, Verifier, check_database
+from models.ledger import Draft, EventType
+from models.memory import Cause, Memo
+from scripts import verify_ledger
+from tests.ledgers import NOW, TENANT, fill
+
+ORIGIN = f"countersign/{TENANT}"
+ANN = "ann@example.test"
+
+
+class Place:
+    """A signed log of a run that rests on a text about Ann, and of two others."""
+
+    def __init__(self, folder: Path, sealed: bool) -> None:
+        url = f"sqlite:///{folder / 'ledger.db'}"
+        migrate(url)
+        self.folder, self.sealed = folder, sealed
+        self.database = guard(Database(url), Keys("k1", {"k1": b"k" * 32}) if sealed else None)
+        self.checkpoints = Checkpoints(self.database, load_key(folder), "countersign")
+        self.digest = ""
+
+    async def fill(self) -> None:
+        def work(link: Connection) -> None:
+            ref = put_blob(link, TENANT, b"Ann lives in Zanzibar", "text/plain", subject=ANN)
+            self.digest = ref.digest
+            add_in(link, TENANT, draft("told", EventType.REQUEST, {"body": ref.model_dump(mode="json")}), NOW)
+            memo = Memo(
+                tenant=TENANT, kind="fact", title="Ann", text=ref, source="told", subject=ANN, event="told"
+            )
+            take(link, memo, NOW, Cause())
+
+        await self.database.write(work)
+        await fill(self.database, 2)
+
+    async def sign(self) -> None:
+        await self.checkpoints.write(TENANT)
+
+    def ours(self) -> Report:
+        with self.database.engine.connect() as link:
+            return check_database(link, TENANT, ORIGIN, [self.checkpoints.key(TENANT)], [])
+
+    def lines(self) -> list[str]:
+        with self.database.engine.connect() as link:
+            return list(to_lines(of_database(link, TENANT, ORIGIN)))
+
+    def exported(self) -> tuple[Report, int, dict[str, Any]]:
+        """An export, read by our verifier and by the one that is one file."""
+        key = self.checkpoints.key(TENANT)
+        file = self.folder / "export"
+        file.write_text("".join(f"{line}\n" for line in self.lines()), "utf-8", newline="\n")
+        code, said = verify_ledger.check_export(str(file), [verify_ledger.Key(str(key))], [])
+        return Verifier([key]).check(of_lines(self.lines())), code, said
+
+
+def draft(name: str, kind: EventType, body: dict[str, Any], stream: str = "about") -> Draft:
+    return Draft(
+        event_id=name,
+        stream=stream,
+        type=kind,
+        actor_kind="person",
+        actor_ref="dpo",
+        correlation_id=stream,
+        body=body,
+    )
+
+
+@pytest.fixture(params=[False, True], ids=["clear", "sealed"])
+async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    made = Place(tmp_path, request.param)
+    await made.fill()
+    yield made
+    made.database.close()
+
+
+async def judged(place: Place) -> tuple[set[int], str]:
+    """Exit codes of all three checks, and what they say first."""
+    await place.sign()
+    ours, (ours_of_export, code, said) = place.ours(), place.exported()
+    told = [*(one.what for one in ours.findings), *said["findings"]]
+    assert [one.seq for one in ours.findings[:1]] == [said["first_bad_event"]] * bool(ours.findings)
+    return {ours.exit_code, ours_of_export.exit_code, code}, "; ".join(told)
+
+
+async def test_what_was_erased_on_an_order_leaves_a_sound_log(place: Place) -> None:
+    assert await judged(place) == ({0}, "")
+    await Erasure(place.database, lambda: NOW).forget(TENANT, ANN, by="dpo")
+    gone = [json.loads(line) for line in place.lines() if line.startswith('{"at"')]
+    assert place.digest in [one["gone"] for one in gone]
+    assert await judged(place) == ({0}, "")
+
+
+Work = Callable[[Connection, Place], None]
+
+
+def _blob(link: Connection, place: Place) -> None:
+    link.execute(delete(BLOB).where(BLOB.c.digest == place.digest))
+
+
+def _intent(link: Connection, place: Place) -> None:
+    link.execute(delete(BLOB).where(BLOB.c.media_type == "application/json"))
+
+
+def _receipt(link: Connection, place: Place) -> None:
+    add_in(link, TENANT, draft("r", EventType.ERASURE, {"order": "none"}, "erasure/ann"), NOW)
+
+
+def _order(name: str, **body: Any) -> Work:
+    def work(link: Connection, place: Place) -> None:
+        named = {"payloads": [place.digest], "subject": "ann"} | body
+        add_in(link, TENANT, draft(name, EventType.ERASURE_ORDER, named, "erasure/ann"), NOW)
+
+    return work
+
+
+def _answer(order: str, stream: str = "erasure/ann") -> Work:
+    def work(link: Connection, place: Place) -> None:
+        add_in(link, TENANT, draft(f"r-{order}", EventType.ERASURE, {"order": order}, stream), NOW)
+
+    return work
+
+
+def _again(link: Connection, place: Place) -> None:
+    add_in(link, TENANT, draft("second", EventType.ERASURE, {"order": "o"}, "erasure/ann"), NOW)
+
+
+@pytest.mark.parametrize(
+    ("works", "what"),
+    [
+        ((_blob,), "nobody"),
+        ((_intent,), "nobody"),
+        ((_receipt,), "no order"),
+        ((_order("o", payloads=["f" * 64]), _blob), "nobody"),
+        ((_answer("o"), _order("o"), _blob), "no order"),
+        ((_order("o"), _blob, _answer("o", "erasure/bob")), "no order"),
+        ((_order("o"), _blob, _answer("o"), _again), "no order"),
+    ],
+    ids=["payload", "intent", "receipt", "other payload", "order after", "other subject", "answered twice"],
+)
+async def test_what_is_gone_without_an_order_is_found(
+    place: Place, works: tuple[Work, ...], what: str
+) -> None:
+    for work in works:
+        await place.database.write(lambda link, work=work: work(link, place))
+    codes, said = await judged(place)
+    assert codes == {1} and what in said
+
+
+async def test_an_order_and_its_receipt_in_their_order_are_sound(place: Place) -> None:
+    for work in (_order("o"), _blob, _answer("o")):
+        await place.database.write(lambda link, work=work: work(link, place))
+    assert await judged(place) == ({0}, "")
+
+
+@pytest.mark.parametrize("micros", [None, -1, 0])
+async def test_a_key_is_destroyed_on_an_order_and_not_before(tmp_path: Path, micros: int | None) -> None:
+    place = Place(tmp_path, sealed=True)
+    await place.fill()
+
+    def work(link: Connection) -> None:
+        mine = KEY.c.subject_key_id != "tenant"
+        key = link.execute(KEY.select().where(mine)).one().subject_key_id
+        if micros is not None:
+            _order("o", payloads=[], key=key)(link, place)
+        when = to_micros(NOW) + (micros or 0)
+        link.execute(update(KEY).where(mine).values(wrapped=b"", destroyed_at=when))
+
+    await place.database.write(work)
+    codes, said = await judged(place)
+    assert codes == ({0} if micros == 0 else {1}), said
+    place.database.close()
