@@ -51,6 +51,7 @@ class Gap:
     """Where the index and SQL disagree about one tenant: record ids."""
 
     missing: tuple[str, ...] = ()
+    """No search finds them, whether the object is there or not."""
     surplus: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
 
@@ -158,16 +159,17 @@ class WeaviateVectors:
         return await self._database.read(lambda link: _behind(link, model))
 
     async def diff(self, tenant: str, model: str) -> Gap:
-        """Compare every record of a tenant with SQL.
+        """Compare every record of a tenant with SQL, and ask whether a search finds it.
 
         Raises:
             MemoryUnavailable: Weaviate is away.
         """
         wanted = await self._database.read(lambda link: _positions(link, tenant, model))
         there = await self._there(tenant, model)
+        found = await self._found(tenant, model, sorted(there.values()))
         both = wanted.keys() & there.keys()
         return Gap(
-            missing=tuple(sorted(wanted.keys() - there.keys())),
+            missing=tuple(sorted(wanted.keys() - (there.keys() & found))),
             surplus=tuple(sorted(there.keys() - wanted.keys())),
             changed=tuple(sorted(one for one in both if wanted[one] != there[one])),
         )
@@ -249,15 +251,35 @@ class WeaviateVectors:
             await self.delete(tenant, model, ids)
 
     async def _upsert(self, model: str, tenant: str, rows: Sequence[Row[Any]]) -> None:
+        # An object that came to the disk without its vector, in a crash, is skipped when it comes again.
+        await self.delete(tenant, model, [row.record_id for row in rows])
         async with self._asking():
-            collection = await self._of(model)
-            answer = await collection.with_tenant(tenant).data.insert_many([_object(row) for row in rows])
+            collection = (await self._of(model)).with_tenant(tenant)
+            answer = await collection.data.insert_many([_object(row) for row in rows])
             # A batch that failed in part raises nothing.
             if answer.has_errors:
                 first = next(iter(answer.errors.values())).message
                 raise MemoryUnavailable(
                     f"weaviate refused {len(answer.errors)} of {len(rows)}: {first[:200]}"
                 )
+            await _settle(collection, _object_id(tenant, rows[-1].record_id))
+
+    async def _found(self, tenant: str, model: str, positions: Sequence[int]) -> set[str]:
+        """Which records a search finds; a filter that leaves few has every vector in the index compared."""
+        found: set[str] = set()
+        async with self._asking():
+            collection = (await self._of(model)).with_tenant(tenant)
+            for start in range(0, len(positions), BATCH):
+                part = positions[start : start + BATCH]
+                answer = await collection.query.near_vector(
+                    near_vector=[1.0, *[0.0] * (self._dimensions - 1)],
+                    limit=len(part),
+                    filters=Filter.by_property("position").greater_or_equal(part[0])
+                    & Filter.by_property("position").less_or_equal(part[-1]),
+                    return_properties=["record_id"],
+                )
+                found.update(str(one.properties["record_id"]) for one in answer.objects)
+        return found
 
     async def _there(self, tenant: str, model: str) -> dict[str, int]:
         async with self._asking():
@@ -318,6 +340,17 @@ class WeaviateVectors:
             ),
             vector_config=Configure.Vectors.self_provided(vector_index_config=index),
         )
+
+
+async def _settle(collection: Any, one: uuid.UUID) -> None:
+    """Have Weaviate write out the vectors of the batch that it has just acknowledged.
+
+    It flushes its index before the batch's vectors are in it (1.35.2, `objectsBatcher.Objects`), so that a
+    crash would lose them while the objects stay. A deletion flushes too, even one that only pretends.
+    """
+    answer = await collection.data.delete_many(where=Filter.by_id().equal(one), dry_run=True)
+    if answer.matches != 1:
+        raise MemoryUnavailable("weaviate does not have what it has just acknowledged; try again")
 
 
 def collection_name(model: str) -> str:

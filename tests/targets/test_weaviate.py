@@ -16,7 +16,7 @@ from activities.services.database import Database
 from activities.services.leases import Leases
 from activities.services.memory_store import INDEX_AWAY, MemoryStore
 from activities.services.vectors import EMBEDDING, MEMORY, empty_vectors, touch_vectors
-from activities.services.weaviate_store import WeaviateVectors, connected
+from activities.services.weaviate_store import WeaviateVectors, collection_name, connected
 from models.errors import MemoryUnavailable
 from models.memory import Memo, Recall
 from tests import real_weaviate
@@ -99,6 +99,33 @@ async def test_what_the_index_lost_or_invented_is_found_and_repaired(server, dat
         await database.write(lambda c: c.execute(EMBEDDING.delete().where(EMBEDDING.c.record_id == "r00007")))
         gap = await store.repair("one", MODEL)
         assert (gap.missing, gap.surplus) == (("r00003",), ("r00007",))
+        assert not await store.diff("one", MODEL)
+
+
+@pytest.mark.parametrize("count", [1, 500])
+async def test_what_it_acknowledged_is_found_after_a_kill_that_follows_at_once(server, database, count):
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        fill(database, 1, count)
+        assert await store.follow(MODEL) == count
+        server.kill()
+        server.start()
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        assert not await store.diff("one", MODEL)
+
+
+async def test_an_object_whose_vector_is_gone_counts_as_missing_and_is_repaired(server, database):
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        fill(database, 1, 3)
+        await store.follow(MODEL)
+        collection = client.collections.use(collection_name(MODEL)).with_tenant("one")
+        found = await collection.query.fetch_objects(limit=1)
+        properties = found.objects[0].properties
+        await store.delete("one", MODEL, [properties["record_id"]])
+        await collection.data.insert(properties, uuid=found.objects[0].uuid)
+        assert (await store.repair("one", MODEL)).missing == (properties["record_id"],)
         assert not await store.diff("one", MODEL)
 
 
