@@ -58,8 +58,8 @@ def vector_of(text: str) -> list[float]:
 
 
 class Place:
-    def __init__(self, folder: Path) -> None:
-        self.database = Database(f"sqlite:///{folder / 'memory.db'}")
+    def __init__(self, url: str) -> None:
+        self.database = Database(url)
         MEMORY.metadata.create_all(self.database.engine)
         self.content = ContentStore(self.database)
         self.embedder = Hashed()
@@ -89,7 +89,7 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    made = Place(tmp_path)
+    made = Place(f"sqlite:///{tmp_path / 'memory.db'}")
     yield made
     made.database.close()
 

@@ -55,15 +55,16 @@ class Outbox:
     """Which records have no vector of one model yet."""
 
     def __init__(self, model: str) -> None:
-        """Start from the first record; `_floor` then spares later queries what is known to be done."""
+        """Start from the first record; the floors then spare later queries what is known to be done."""
         self._model = model
         self._floor = 0
+        self._floors: dict[str, int] = {}
 
     def pending(self, connection: Connection, limit: int, skip: Iterable[tuple[str, str]]) -> list[Pending]:
         """The oldest records without a vector, except those in `skip`."""
         skipped = set(skip)
         newest = newest_position(connection)
-        rows = connection.execute(self._waiting().limit(limit + len(skipped))).all()
+        rows = connection.execute(self._waiting(self._floor).limit(limit + len(skipped))).all()
         self._floor = rows[0].position - 1 if rows else max(self._floor, newest)
         wanted = [row for row in rows if (row.tenant, row.record_id) not in skipped][:limit]
         return [
@@ -73,17 +74,17 @@ class Outbox:
 
     def waits(self, connection: Connection, tenant: str) -> bool:
         """Whether a record of the tenant has no vector yet."""
+        # A floor for each tenant: one whose record is never taken must not slow down the others' searches.
         newest = newest_position(connection)
-        if newest <= self._floor:
+        floor = max(self._floor, self._floors.get(tenant, 0))
+        if newest <= floor:
             return False
-        first = connection.execute(self._waiting().limit(1)).first()
-        self._floor = first.position - 1 if first else newest
-        if first is None or first.tenant == tenant:
-            return first is not None
-        mine = self._waiting().where(MEMORY.c.tenant == tenant).limit(1)
-        return connection.execute(mine).first() is not None
+        mine = self._waiting(floor).where(MEMORY.c.tenant == tenant).limit(1)
+        first = connection.execute(mine).first()
+        self._floors[tenant] = first.position - 1 if first else newest
+        return first is not None
 
-    def _waiting(self) -> Select[Any, Any, Any, Any, Any]:
+    def _waiting(self, floor: int) -> Select[Any, Any, Any, Any, Any]:
         m, e = MEMORY.c, EMBEDDING.c
         has = select(e.position).where(
             e.tenant == m.tenant,
@@ -94,7 +95,7 @@ class Outbox:
         )
         return (
             select(m.tenant, m.record_id, m.position, m.title, m.text_digest)
-            .where(m.position > self._floor, m.forgotten_at.is_(None), m.standing != "expired", ~has.exists())
+            .where(m.position > floor, m.forgotten_at.is_(None), m.standing != "expired", ~has.exists())
             .order_by(m.position)
         )
 

@@ -6,6 +6,7 @@ What counts (see `keeping`) is decided by SQL in every answer, whatever an index
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
@@ -284,18 +285,19 @@ class MemoryStore:
         embedder, outbox = cast(Embedder, self._embedder), cast(Outbox, self._outbox)
         hybrid = request.by is Search.HYBRID
         depth = max(request.limit, FUSED_DEPTH) if hybrid else request.limit
-        near = await self._vectors.nearest(request.tenant, embedder.model, vector, request.kinds, depth, when)
+        # The two need nothing of each other, and each mostly runs outside the interpreter.
+        near, worded = await asyncio.gather(
+            self._vectors.nearest(request.tenant, embedder.model, vector, request.kinds, depth, when),
+            self._worded(request, query, when, depth) if hybrid else _nothing(),
+        )
         cosines = {one.record_id: one.cosine for one in near}
+        order = fused(list(cosines), worded)[: request.limit]
 
-        def read(connection: Connection) -> tuple[Mapping[str, Row[Any]], list[str], bool]:
-            order = list(cosines)
-            if hybrid:
-                conditions = _conditions(request, when)
-                order = fused(order, find_words(connection, query, conditions, depth))[: request.limit]
+        def read(connection: Connection) -> tuple[Mapping[str, Row[Any]], bool]:
             rows = connection.execute(_counting(request, when).where(MEMORY.c.record_id.in_(order)))
-            return {row.record_id: row for row in rows}, order, outbox.waits(connection, request.tenant)
+            return {row.record_id: row for row in rows}, outbox.waits(connection, request.tenant)
 
-        found, order, waits = await self._database.read(read)
+        found, waits = await self._database.read(read)
         asked = _word_set(query)
         hits = [
             _hit(found[one], cosines.get(one) or _word_cosine(asked, _word_set(found[one].title)))
@@ -303,6 +305,10 @@ class MemoryStore:
             if one in found
         ]
         return hits, len(hits) == len(order), waits
+
+    async def _worded(self, request: Recall, query: str, when: When, depth: int) -> list[str]:
+        conditions = _conditions(request, when)
+        return await self._database.read(lambda link: find_words(link, query, conditions, depth))
 
     async def _embed_batch(self, embedder: Embedder, batch: list[Pending]) -> list[list[float]]:
         """One vector per record; empty for one that the model refuses even by itself and shortened."""
@@ -326,6 +332,10 @@ class MemoryStore:
             self._refused.clear()
             raise MemoryUnavailable(f"{embedder.model} refuses every text; check the embedding server")
         return []
+
+
+async def _nothing() -> list[str]:
+    return []
 
 
 async def _embed(embedder: Embedder, texts: list[str]) -> list[list[float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import (
@@ -16,7 +16,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Select,
-    bindparam,
     column,
     delete,
     event,
@@ -31,19 +30,18 @@ from sqlalchemy import table as sql_table
 from activities.services.vectors import MEMORY
 
 INDEXED_CHARACTERS = 8000
-MOST_WORDS = 6
-"""The rarest words of a query decide; common ones cost time and tell little."""
-COMMON_SHARE = 0.03
-"""A word that stands in more of the records than this is not searched for, if there are rarer ones."""
+MOST_WORDS = 32
+"""So many words of a query are looked up, the longest of them."""
+MATCHES = 2000
+"""Ranking costs time per match: the rarest words that stand in so many records together decide, and words
+that stand in more tell little."""
 DEEP = 500
 """So many of the best are looked at first."""
 WORDS = sql_table("memory_words", column("rowid"), column("position"), column("words"), column("rank"))
-VOCABULARY = sql_table("memory_vocabulary", column("term"), column("doc"))
 MAKE = {
     "sqlite": (
         "CREATE VIRTUAL TABLE IF NOT EXISTS memory_words USING "
         "fts5(words, tokenize='unicode61 remove_diacritics 2')",
-        "CREATE VIRTUAL TABLE IF NOT EXISTS memory_vocabulary USING fts5vocab(memory_words, 'row')",
     ),
     "postgresql": (
         "CREATE TABLE IF NOT EXISTS memory_words (position BIGINT PRIMARY KEY, words TSVECTOR NOT NULL)",
@@ -81,14 +79,16 @@ def find_words(
     connection: Connection, query: str, conditions: Sequence[ColumnElement[bool]], limit: int
 ) -> list[str]:
     """Ids of the records that fit the words best, best first; equal ones by newer time, then by id."""
-    words = _telling(connection, sorted({*re.findall(r"\w+", _folded(query))}))
-    if not words:
-        return []
+    words = sorted({*re.findall(r"\w+", _folded(query))}, key=lambda word: (-len(word), word))
+    counts = _counts(connection, words[:MOST_WORDS])
+    telling = _telling(counts)
+    if not telling:
+        return _newest(connection, sorted(counts, key=lambda word: counts[word]), conditions, limit)
     deep = max(DEEP, 10 * limit)
-    found = connection.execute(_best(connection, words, conditions, limit, deep)).scalars().all()
+    found = connection.execute(_best(connection, telling, conditions, limit, deep)).scalars().all()
     if len(found) < limit:
         # Whatever stands first may not count, or be another tenant's; then everything is looked at.
-        found = connection.execute(_best(connection, words, conditions, limit, None)).scalars().all()
+        found = connection.execute(_best(connection, telling, conditions, limit, None)).scalars().all()
     return list(found)
 
 
@@ -99,8 +99,8 @@ def _best(
     limit: int,
     deep: int | None,
 ) -> Select[Any]:
-    matches, rank = _ranked(connection, words)
-    key = _key(connection)
+    key, rank = _key(connection), _rank(connection, words)
+    matches = _match(connection, words)
     near = select(key.label("at"), rank.label("rank")).where(matches).order_by(rank).limit(deep).subquery()
     return (
         select(MEMORY.c.record_id)
@@ -109,6 +109,25 @@ def _best(
         .order_by(near.c.rank, MEMORY.c.recorded_at.desc(), MEMORY.c.record_id)
         .limit(limit)
     )
+
+
+def _newest(
+    connection: Connection, words: Sequence[str], conditions: Sequence[ColumnElement[bool]], limit: int
+) -> list[str]:
+    """When every word is common: the newest records that have all of them, then those with the rarest."""
+    found: list[str] = []
+    for wanted in (words, words[:1]) if words else ():
+        having = (
+            select(MEMORY.c.record_id)
+            .join_from(WORDS, MEMORY, MEMORY.c.position == _key(connection))
+            .where(_match(connection, wanted, every=True), *conditions)
+            .order_by(_key(connection).desc())
+            .limit(limit)
+        )
+        found += connection.execute(having).scalars()
+        if len(found) >= limit:
+            break
+    return list(dict.fromkeys(found))[:limit]
 
 
 def compact_words(connection: Connection) -> None:
@@ -121,27 +140,46 @@ def _key(connection: Connection) -> ColumnElement[int]:
     return WORDS.c.rowid if connection.dialect.name == "sqlite" else WORDS.c.position
 
 
-def _ranked(connection: Connection, words: Sequence[str]) -> tuple[ColumnElement[bool], Any]:
+def _match(connection: Connection, words: Sequence[str], every: bool = False) -> ColumnElement[bool]:
     if connection.dialect.name == "sqlite":
-        wanted = " OR ".join(f'"{word}"' for word in words)
-        return literal_column("memory_words").op("MATCH")(bindparam("wanted", wanted)), WORDS.c.rank
-    wanted = func.to_tsquery("simple", " | ".join(f"'{word}'" for word in words))
-    return WORDS.c.words.op("@@")(wanted), -func.ts_rank(WORDS.c.words, wanted)
+        wanted = (" AND " if every else " OR ").join(f'"{word}"' for word in words)
+        return literal_column("memory_words").op("MATCH")(wanted)
+    return WORDS.c.words.op("@@")(_query(words, " & " if every else " | "))
 
 
-def _telling(connection: Connection, words: list[str]) -> list[str]:
-    """The rarest words; a word that is unknown costs nothing and may be spelled otherwise in the index."""
-    if connection.dialect.name != "sqlite" or not words:
-        return words[: 4 * MOST_WORDS]
-    known = dict(
-        connection.execute(
-            select(VOCABULARY.c.term, VOCABULARY.c.doc).where(VOCABULARY.c.term.in_(words))
-        ).all()
+def _rank(connection: Connection, words: Sequence[str]) -> Any:
+    if connection.dialect.name == "sqlite":
+        return WORDS.c.rank
+    return -func.ts_rank(WORDS.c.words, _query(words, " | "))
+
+
+def _query(words: Sequence[str], joined: str) -> Any:
+    return func.to_tsquery("simple", joined.join(f"'{word}'" for word in words))
+
+
+def _counts(connection: Connection, words: Sequence[str]) -> dict[str, int]:
+    """In how many records each word stands, counted no further than matters; only words that are there."""
+    if not words:
+        return {}
+    bounded = (
+        select(_key(connection)).where(_match(connection, [word])).limit(MATCHES + 1).subquery()
+        for word in words
     )
-    rare = sorted(words, key=lambda word: (known.get(word, 0), word))[:MOST_WORDS]
-    newest = connection.execute(select(func.coalesce(func.max(MEMORY.c.position), 0))).scalar_one()
-    telling = [word for word in rare if 0 < known.get(word, 0) <= max(100, COMMON_SHARE * newest)]
-    return telling or [word for word in rare if known.get(word, 0)][:1]
+    counted = select(*(select(func.count()).select_from(one).scalar_subquery() for one in bounded))
+    found = connection.execute(counted).one()
+    return {word: count for word, count in zip(words, found, strict=True) if count}
+
+
+def _telling(counts: Mapping[str, int]) -> list[str]:
+    """The rarest words, as many as may be ranked; none when each is too common."""
+    telling: list[str] = []
+    left = MATCHES
+    for word in sorted(counts, key=lambda word: (counts[word], word)):
+        left -= counts[word]
+        if left < 0:
+            break
+        telling.append(word)
+    return telling
 
 
 def _folded(words: str) -> str:
