@@ -27,6 +27,10 @@ class EventType(StrEnum):
     GATE = "gate"
     ROUTE = "route"
     FALLBACK = "fallback"
+    ANSWER = "answer"
+    """How sure a model was, where that is asked for."""
+    CALIBRATION = "calibration"
+    """What confidence was worth, by the verdicts so far."""
     APPLY = "apply"
     RECEIPT = "receipt"
     ABSENT = "absent"
@@ -41,6 +45,8 @@ class EventType(StrEnum):
     """The receipt: what was erased on an order, and that nothing was found afterwards."""
     KEY_ROTATED = "key.rotated"
     """A key was replaced or revoked: of the ledger, of the vault, or a person's."""
+    CANCEL = "cancel"
+    """Somebody asked for a run to be stopped; what came of it is its outcome."""
 
 
 class Draft(Frozen):
@@ -111,6 +117,16 @@ def event_id(tenant: str, workflow_id: str, chain: str, step: str, ordinal: int)
 def act_stream(workflow_id: str) -> str:
     """The stream in which the act worker records what it did for a run."""
     return f"{workflow_id}/act"
+
+
+def cancel_stream(workflow_id: str) -> str:
+    """The stream in which it is recorded who asked for a run to be stopped."""
+    return f"{workflow_id}/cancel"
+
+
+def calibration_stream(task: str) -> str:
+    """The stream in which the calibrations of a task follow each other."""
+    return f"calibration/{task}"
 
 
 def route_stream(workflow_id: str) -> str:

@@ -84,7 +84,7 @@ class Request(Frozen):
     the id that it gives each run tells one time from the next."""
     body: Ref | Annotated[str, StringConstraints(min_length=1, max_length=65536)]
     """A stored blob, or the text itself, which then stands in Temporal's history."""
-    requester: str | None = Field(default=None, min_length=1, max_length=200)
+    requester: str | None = Field(default=None, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")
     """Who wants it, where that is known; they may not approve it themselves unless policy says so."""
 
 

@@ -61,6 +61,8 @@ class Admitted(Frozen):
     pace: Pace = Pace()
     people: bool = False
     """People are configured, so that every answer's giver is established first."""
+    requester: str | None = None
+    """Who asked for it first, as the stream says; a later start of the same request changes nothing."""
     entries: tuple[Entry, ...] = ()
     intent: Intent | None = None
     """The last intent of the stream, as it was bound."""
@@ -137,7 +139,7 @@ class Routed(Frozen):
 
 
 class Fell(Frozen):
-    """A tier failed and the next one is tried."""
+    """A tier failed, or was not sure enough, and the next one is tried."""
 
     tenant: Name
     workflow_id: str

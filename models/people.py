@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, StringConstraints
@@ -12,7 +13,8 @@ from models.loop import Frozen, Name
 NAMESPACE = "countersign-verdict-v1"
 """The namespace of `ssh-keygen -Y sign`: a signature made for anything else is none here."""
 
-PersonId = Annotated[str, StringConstraints(pattern=r"^[^\s\x00-\x1f]{1,200}$")]
+PERSON = re.compile(r"[^\s\x00-\x1f]{1,200}")
+PersonId = Annotated[str, StringConstraints(pattern=f"^{PERSON.pattern}$")]
 """How a person is called in answers and in the ledger; an opaque id serves as well as an address."""
 
 
@@ -43,6 +45,25 @@ class People(Frozen):
     def of(self, name: str) -> Person | None:
         """The person of that name."""
         return next((person for person in self.people if person.name == name), None)
+
+
+def unfit(people: People, roles: tuple[Name, ...], name: str | None) -> str | None:
+    """Why somebody may not do what needs one of these roles; `None` if they may.
+
+    Args:
+        people: everyone who is named; with nobody named, and no role needed, any name will do.
+        roles: any one of them is enough; empty is anybody.
+        name: who they say they are, or `None` where that is not known.
+    """
+    wanted = f"one of the roles {', '.join(roles)}"
+    if name is None:
+        return f"it takes {wanted}; say who asks for it" if roles else None
+    person = people.of(name)
+    if person is None and (people.people or roles):
+        return "nobody of that name is known; see people in settings"
+    if person is not None and roles and not set(roles) & set(person.roles):
+        return f"it takes {wanted}; they have {', '.join(person.roles) or 'none'}"
+    return None
 
 
 class Statement(Frozen):

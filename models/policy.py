@@ -39,6 +39,10 @@ class AgentPolicy(Frozen):
     connectors: tuple[Name, ...]
     """The only connectors its actions may name."""
     gate: GateRule = GateRule()
+    start_roles: tuple[Name, ...] = ()
+    """Any one of them is needed to start a run; empty is anybody."""
+    cancel_roles: tuple[Name, ...] = ()
+    """Any one of them is needed to stop a run by the command line; empty is anybody."""
     max_revisions: int = Field(default=50, ge=0)
     grants: tuple[Exemption, ...] = ()
     """What passes without a person, narrowly, so often and so long."""

@@ -15,7 +15,7 @@ from models.channels import ChannelSettings, mistake
 from models.inference import DataClass
 from models.loop import Frozen, Name
 from models.orders import Pace
-from models.people import Person
+from models.people import Person, PersonId
 from models.policy import Policy
 
 
@@ -234,6 +234,8 @@ class ScheduleSettings(Frozen):
     agent: Name
     cron: str
     body: dict[str, Any] = Field(default_factory=dict)
+    requester: PersonId | None = None
+    """Whose wish its runs are: they need the role to start them, and do not approve them."""
     paused: bool = False
     note: str = ""
 
@@ -263,7 +265,7 @@ class Settings(Frozen):
     notes: bool = False
     """Offer the `null` connector, which keeps notes in the data folder; for trials and tests."""
     policy: Policy = Policy()
-    people: tuple[Person, ...] = ()
+    people: tuple[Person, ...] = Field(default=(), validate_default=True)
     """Who may answer; with nobody named, any name counts as claimed."""
     channels: tuple[ChannelSettings, ...] = Field(default=(), validate_default=True)
     """On which people hear that something waits, besides the inbox."""
@@ -285,6 +287,19 @@ class Settings(Frozen):
                 line = InitErrorDetails(type=kind, loc=(number, "name"), input=name)
                 raise ValidationError.from_exception_data("tiers", [line])
         return tiers
+
+    @field_validator("people")
+    @classmethod
+    def _roles_are_had(cls, people: tuple[Person, ...], info: ValidationInfo) -> tuple[Person, ...]:
+        had = {role for person in people for role in person.roles}
+        policy: Policy = info.data.get("policy", Policy())
+        for agent, one in policy.agents.items():
+            for role in sorted({*one.start_roles, *one.cancel_roles} - had):
+                raise _refused(
+                    f"policy of {agent} wants the role {role} to start or cancel, and nobody has it; "
+                    "give it to somebody under [[people]]"
+                )
+        return people
 
     @field_validator("channels")
     @classmethod

@@ -23,6 +23,7 @@ PLACES = {
     "reject": "answer",
     "revise": "answer",
     "delegate": "answer",
+    "cancel": "cancel",
     "agents": "agents",
     "people": "directory",
     "tenants": "directory",

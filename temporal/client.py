@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 from temporalio.common import (
     SearchAttributeKey,
     SearchAttributePair,
@@ -16,6 +16,7 @@ from temporalio.common import (
 )
 from temporalio.converter import PayloadCodec
 from temporalio.exceptions import WorkflowAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
 
 from models.errors import InvalidInput
 from models.gate import Judged, Kind
@@ -92,6 +93,22 @@ async def answer(
     return await handle.execute_update(
         f"decide_{kind.value}", message, result_type=Judged, rpc_timeout=patience
     )
+
+
+async def cancel(client: Client, run_id: str) -> None:
+    """Ask a run to stop. Nothing is said of why: Temporal keeps that in clear, whatever the codec."""
+    await client.get_workflow_handle(run_id).cancel()
+
+
+async def is_open(client: Client, run_id: str) -> bool:
+    """Whether Temporal has an open run of this id; it accepts a wish to cancel one that is over, too."""
+    try:
+        described = await client.get_workflow_handle(run_id).describe()
+    except RPCError as error:
+        if error.status is not RPCStatusCode.NOT_FOUND:
+            raise
+        return False
+    return described.status is WorkflowExecutionStatus.RUNNING
 
 
 def attributes(request: Request) -> TypedSearchAttributes:

@@ -254,6 +254,7 @@ class Schedules:
                 key=schedule_id(self._tenant, one.name),
                 key_from_workflow_id=True,
                 body=_body(one),
+                requester=one.requester,
             )
         except ValidationError as error:
             raise InvalidInput.field(

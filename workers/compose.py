@@ -148,7 +148,7 @@ class _Composer:
     async def _decide(self) -> Worker:
         settings, database = self._settings, self._database
         known = People(people=settings.people)
-        requests = Requests(database, settings.policy, settings.pace, utc_now, bool(settings.people))
+        requests = Requests(database, settings.policy, settings.pace, utc_now, known)
         approvals = Approvals(Identities(known, utc_now))
         ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
         tasks = registry.tasks(settings) | dict(self._parts.tasks)

@@ -57,7 +57,8 @@ class Journal:
         admission = Admission(request=self.request, workflow_id=self.workflow_id, chain=self.chain)
         admitted: Admitted = await book(Ledger.admit, admission, "admit")
         self._admitted = admitted
-        self.request = self.request.model_copy(update={"body": admitted.body})
+        asked = admitted.requester or self.request.requester
+        self.request = self.request.model_copy(update={"body": admitted.body, "requester": asked})
         self.progress = Progress()
         self.progress.take(admitted.entries)
         self.intent, self.card, self.proposal = admitted.intent, admitted.card, admitted.proposal

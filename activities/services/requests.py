@@ -16,6 +16,7 @@ from models.ledger import Append, Appended, Draft, Entry, EventType, event_id
 from models.loop import Intent, Outcome, Proposal, Ref, Request
 from models.memory import Cause
 from models.orders import Admission, Admitted, Conclusion, Pace
+from models.people import People, unfit
 from models.policy import Policy, policy_digest
 from models.tables import Claim, table
 
@@ -31,6 +32,7 @@ class _Start:
     card: str = ""
     earlier: Outcome | None = None
     refusal: str = ""
+    requester: str | None = None
 
 
 class Requests:
@@ -42,10 +44,10 @@ class Requests:
         policy: Policy,
         pace: Pace,
         clock: Callable[[], datetime],
-        people: bool = False,
+        people: People | None = None,
     ) -> None:
         """Policy, pace and whether people are configured are handed to each run when it starts."""
-        self._people = people
+        self._people = people or People()
         self._database = database
         self._policy = policy
         self._pace = pace
@@ -58,13 +60,15 @@ class Requests:
             PolicyDenied: the agent has no policy.
         """
         policy = self._policy.of(admission.request.agent)
-        start = await self._database.write(lambda connection: _admit(connection, admission, self._clock()))
+        why = unfit(self._people, policy.start_roles, admission.request.requester)
+        start = await self._database.write(lambda link: _admit(link, admission, self._clock(), why))
         return Admitted(
             body=start.body,
             policy=policy,
             policy_digest=policy_digest(policy),
             pace=self._pace,
-            people=self._people,
+            people=bool(self._people.people),
+            requester=start.requester,
             entries=start.entries,
             intent=start.intent,
             proposal=start.proposal,
@@ -84,7 +88,7 @@ class Requests:
         return None if found is None else Outcome.model_validate_json(found)
 
 
-def _admit(connection: Connection, admission: Admission, now: datetime) -> _Start:
+def _admit(connection: Connection, admission: Admission, now: datetime, bar: str | None) -> _Start:
     request = admission.request
     body = _body(connection, request)
     claim = connection.execute(select(CLAIM).where(_is(request.tenant, request.agent, request.key))).first()
@@ -97,6 +101,9 @@ def _admit(connection: Connection, admission: Admission, now: datetime) -> _Star
     if (other := _other_request(connection, admission, body)) is not None:
         return _Start(body, refusal=other)
     if claim is None:
+        if bar is not None:
+            # Before the key is claimed, so that whoever may start it still can.
+            return _Start(body, refusal=f"requester: {request.requester!r} may not start it: {bar}")
         _claim(connection, admission, body, now)
     draft = _request_event(admission, body)
     wish = Append(tenant=request.tenant, stream=admission.workflow_id, expected=0, drafts=(draft,))
@@ -104,7 +111,8 @@ def _admit(connection: Connection, admission: Admission, now: datetime) -> _Star
     entries = entries_in(connection, request.tenant, admission.workflow_id)
     intent, card = last_intent(connection, request.tenant, entries)
     proposal = _last_proposal(connection, request.tenant, entries)
-    return _Start(body, entries=entries, intent=intent, proposal=proposal, card=card)
+    requester = entries[0].body.get("requester")
+    return _Start(body, entries, intent, proposal, card, requester=requester)
 
 
 def _body(connection: Connection, request: Request) -> Ref:
@@ -168,7 +176,8 @@ def _request_event(admission: Admission, body: Ref) -> Draft:
         actor_kind="system",
         actor_ref="intake",
         correlation_id=workflow_id,
-        body={"agent": request.agent, "key": request.key, "body": body.model_dump(mode="json")},
+        body={"agent": request.agent, "key": request.key, "body": body.model_dump(mode="json")}
+        | ({} if request.requester is None else {"requester": request.requester}),
     )
 
 
@@ -176,7 +185,8 @@ def _other_request(connection: Connection, admission: Admission, body: Ref) -> s
     """Whether this workflow id was another request's, whose stream must not be taken for this one's."""
     standing = entries_in(connection, admission.request.tenant, admission.workflow_id)
     wanted = _request_event(admission, body).body
-    if not standing or standing[0].body == wanted:
+    same = ("agent", "key", "body")
+    if not standing or all(standing[0].body.get(name) == wanted[name] for name in same):
         return None
     return f"workflow id: {admission.workflow_id!r} was used by another request; start this one under its own"
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from models.canonical import canonical, sha256
+from models.canonical import sha256
 from models.card import visible
 from models.errors import InvalidInput, LedgerBroken
 from models.gate import Standing
@@ -151,9 +151,11 @@ async def _card(session: Session, events: Iterable[Event]) -> Card | None:
     if not logged:
         return None
     digest = str(logged[-1]["digest"])
-    intent = Intent.model_validate_json(await _blob(session, digest))
+    data = await _blob(session, digest)
+    intent = Intent.model_validate_json(data)
     full = await _blob(session, str(logged[-1]["card"]))
-    if sha256(canonical(intent)) != digest or intent.card_digest != sha256(full):
+    # The bytes that were bound, not what this version would make of them: it may know more fields.
+    if sha256(data) != digest or intent.card_digest != sha256(full):
         raise LedgerBroken(f"intent {digest} does not bind the card that is stored; answer nothing, look why")
     short = await _blob(session, str(logged[-1]["short_card"]))
     return Card(digest, intent, short.decode(), full.decode())

@@ -9,21 +9,22 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowFailureError
-from temporalio.service import RPCError, RPCStatusCode
+from temporalio.client import WorkflowFailureError
 
 from activities.external import SentProposal
 from activities.services.content import LIMIT_BYTES
 from models.canonical import sha256
+from models.card import visible
 from models.content import parse_brief
 from models.errors import InvalidInput, UnknownName
 from models.ledger import EventType
 from models.loop import Outcome, Ref, Request, Status, workflow_id
+from models.people import PERSON, People, unfit
 from models.settings import Settings
 from scripts.commands.session import Json, Session, console, opened, reach, said
 from scripts.commands.show import print_outcome
 from scripts.exits import Exit, Refused
-from temporal.client import submit
+from temporal.client import is_open, submit
 from workers import config, registry
 
 MEDIA = {"content": "text/markdown; charset=utf-8", "external": "application/json"}
@@ -36,6 +37,10 @@ def start(
     key: Annotated[
         str | None, typer.Option(help="Names the request; the same key acts once. Default: from the content.")
     ] = None,
+    as_: Annotated[
+        str | None,
+        typer.Option("--as", help="Who wants it, and cannot approve it; default: approver in the settings."),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the outcome.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -43,7 +48,8 @@ def start(
     settings = config.load()
     data = read_file(file)
     title = check(settings, agent, data)
-    result = asyncio.run(_start(settings, agent, data, key, title, wait))
+    request = request_of(settings, agent, data, key, asking(settings, agent, as_))
+    result = asyncio.run(_start(settings, request, data, title, wait))
     if as_json:
         said(result)
     else:
@@ -96,7 +102,25 @@ def check(settings: Settings, agent: str, data: bytes) -> str:
             return ""
 
 
-def request_of(settings: Settings, agent: str, data: bytes, key: str | None = None) -> Request:
+def asking(settings: Settings, agent: str, named: str | None) -> str | None:
+    """Who wants a run; `None` where nobody says it and policy does not ask.
+
+    Raises:
+        InvalidInput: it is no name, or not that of somebody who may start it.
+    """
+    who = named or settings.approver
+    if who is not None and not PERSON.fullmatch(who):
+        raise InvalidInput.field("--as", who, "write 1 to 200 characters without spaces")
+    policy = settings.policy.of(agent)
+    why = unfit(People(people=settings.people), policy.start_roles, who)
+    if why is not None:
+        raise InvalidInput.field("--as", who, why)
+    return who
+
+
+def request_of(
+    settings: Settings, agent: str, data: bytes, key: str | None = None, requester: str | None = None
+) -> Request:
     """The request for these bytes; without a key the content names it.
 
     Raises:
@@ -105,15 +129,12 @@ def request_of(settings: Settings, agent: str, data: bytes, key: str | None = No
     ref = Ref(digest=sha256(data), size=len(data), media_type=MEDIA.get(agent, "application/octet-stream"))
     key = sha256(agent.encode() + b"\n" + data)[:20] if key is None else key
     try:
-        return Request(tenant=settings.tenant, agent=agent, key=key, body=ref)
+        return Request(tenant=settings.tenant, agent=agent, key=key, body=ref, requester=requester)
     except ValidationError:
         raise InvalidInput.field("--key", key, "write 1 to 200 characters") from None
 
 
-async def _start(
-    settings: Settings, agent: str, data: bytes, key: str | None, title: str, wait: bool
-) -> dict[str, Any]:
-    request = request_of(settings, agent, data, key)
+async def _start(settings: Settings, request: Request, data: bytes, title: str, wait: bool) -> dict[str, Any]:
     run = workflow_id(request.tenant, request.agent, request.key)
     async with opened(settings) as session:
         await _refuse_other_body(session, request, run)
@@ -121,7 +142,7 @@ async def _start(
         if outcome is not None:
             return _result("ended earlier", request, run, outcome)
         client = await reach(settings)
-        word = "found" if await _is_running(client, run) else "started"
+        word = "found" if await is_open(client, run) else "started"
         await session.content.put(request.tenant, data, _media(request))
         started = await submit(client, request, settings.temporal, title)
         if wait:
@@ -137,16 +158,6 @@ async def _refuse_other_body(session: Session, request: Request, run: str) -> No
     for event in await session.events(run):
         if event.type is EventType.REQUEST and isinstance(request.body, Ref):
             _compare(request, str(event.body["body"]["digest"]))
-
-
-async def _is_running(client: Client, run: str) -> bool:
-    try:
-        described = await client.get_workflow_handle(run).describe()
-    except RPCError as error:
-        if error.status is not RPCStatusCode.NOT_FOUND:
-            raise
-        return False
-    return described.status is WorkflowExecutionStatus.RUNNING
 
 
 def _compare(request: Request, before: str) -> None:
@@ -177,6 +188,7 @@ def _result(word: str, request: Request, run: str, outcome: Outcome | None) -> d
         "was": word,
         "agent": request.agent,
         "key": request.key,
+        "requester": request.requester,
         "outcome": outcome.model_dump(mode="json") if outcome else None,
     }
 
@@ -189,6 +201,9 @@ def _print(result: dict[str, Any]) -> None:
     }
     out.print(words.get(str(result["was"]), "started"))
     out.print(f"run      {result['workflow_id']}")
+    if result["was"] == "started" and result["requester"] is not None:
+        # Whoever works alone finds out here, and not when an approval does not count.
+        out.print(f"for      {visible(result['requester'])}, who may approve it only where policy says so")
     if result["outcome"] is not None:
         print_outcome(out, Outcome.model_validate(result["outcome"]))
     else:

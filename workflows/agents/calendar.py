@@ -108,7 +108,8 @@ class ContentCalendar(Loop):
     async def _start(self, number: int, action: Action) -> Receipt:
         """Start one article, or find that it was; its run outlives this one."""
         tenant, key = self.request.tenant, idea_key(action.title)
-        request = Request(tenant=tenant, agent=CONTENT, key=key, body=action.arguments)
+        who = self.request.requester
+        request = Request(tenant=tenant, agent=CONTENT, key=key, body=action.arguments, requester=who)
         run = workflow_id(tenant, CONTENT, key)
         detail = "started"
         try:
