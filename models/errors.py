@@ -63,6 +63,10 @@ class InvalidInput(Final):
         return cls(f"{name}: {shown} is not accepted; {remedy}")
 
 
+class RegionBound(InvalidInput):
+    """Content that only the processes of one region hold was asked for elsewhere."""
+
+
 class UnknownName(Final):
     """No agent, connector, operation or tier of that name."""
 

@@ -77,6 +77,8 @@ class Request(Frozen):
 
     tenant: Name = "default"
     agent: Name
+    region: Name | None = None
+    """Its texts are stored and fetched by the processes of that region only."""
     key: str = Field(min_length=1, max_length=200)
     """Unique per tenant; the workflow id derives from it."""
     key_from_workflow_id: bool = False

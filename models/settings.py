@@ -227,6 +227,32 @@ class EncryptionSettings(Frozen):
         return current
 
 
+class RegionSettings(Frozen):
+    """A region that keeps the texts of its requests to its own processes; see docs/regions.md."""
+
+    keys: tuple[KeySettings, ...] = Field(min_length=1)
+    """What its processes seal under before anything leaves them; only they may have the files."""
+    current: Name
+    """The key that seals from now on."""
+    database: str = ""
+    """SQLAlchemy URL of its content store; empty means `<data>/region-<name>.db` in SQLite."""
+    tenants: tuple[Name, ...] = ()
+    """Whose every request is bound to it."""
+    server: CodecServerSettings = CodecServerSettings()
+
+    @field_validator("current")
+    @classmethod
+    def _current_is_a_key(cls, current: str, info: ValidationInfo) -> str:
+        if current not in {key.id for key in info.data.get("keys", ())}:
+            raise _refused("it is not the id of one of this region's keys; name one that is")
+        return current
+
+    @property
+    def sealing(self) -> EncryptionSettings:
+        """How its processes seal, always."""
+        return EncryptionSettings(enabled=True, keys=self.keys, current=self.current, server=self.server)
+
+
 class ScheduleSettings(Frozen):
     """One Temporal schedule."""
 
@@ -271,6 +297,9 @@ class Settings(Frozen):
     """On which people hear that something waits, besides the inbox."""
     ledger: LedgerSettings = LedgerSettings()
     encryption: EncryptionSettings = EncryptionSettings()
+    regions: dict[Name, RegionSettings] = Field(default_factory=dict)
+    region: Name | None = None
+    """The one whose requests this process serves; `None` is the centre, which holds digests of theirs."""
     schedules: tuple[ScheduleSettings, ...] = ()
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
     otlp_endpoint: str | None = None
@@ -317,7 +346,45 @@ class Settings(Frozen):
             raise _refused("two of them speak of the same tenant, agent and currency; keep one")
         return budgets
 
+    @field_validator("regions")
+    @classmethod
+    def _keys_are_the_regions_own(
+        cls, regions: dict[Name, RegionSettings], info: ValidationInfo
+    ) -> dict[Name, RegionSettings]:
+        kept: EncryptionSettings = info.data.get("encryption", EncryptionSettings())
+        taken = {key.file for key in kept.keys} if kept.enabled else set[Path]()
+        for name, region in regions.items():
+            if taken & {key.file for key in region.keys if key.id == region.current}:
+                raise _refused(f"region {name} seals under a key of the centre's; give it a file of its own")
+        return regions
+
+    @field_validator("region")
+    @classmethod
+    def _region_is_known(cls, region: str | None, info: ValidationInfo) -> str | None:
+        if region is not None and "regions" in info.data and region not in info.data["regions"]:
+            raise _refused("there is no such region; add [regions.NAME], or leave it out for the centre")
+        return region
+
     @property
     def database_url(self) -> str:
         """The database's SQLAlchemy URL."""
         return self.database or f"sqlite:///{self.data.resolve() / 'countersign.db'}"
+
+    @property
+    def region_url(self) -> str | None:
+        """The SQLAlchemy URL of the content store of the region that this process serves."""
+        if self.region is None:
+            return None
+        return (
+            self.regions[self.region].database
+            or f"sqlite:///{self.data.resolve() / f'region-{self.region}.db'}"
+        )
+
+    @property
+    def sealing(self) -> EncryptionSettings:
+        """How this process seals: a region's always does, and by its own keys."""
+        return self.encryption if self.region is None else self.regions[self.region].sealing
+
+    def home(self, tenant: str) -> str | None:
+        """The region that all requests of a tenant are bound to."""
+        return next((name for name, region in self.regions.items() if tenant in region.tenants), None)

@@ -80,6 +80,18 @@ class Blob(SQLModel, table=True):
     """Id of the data key that `data` is sealed under; `None` stands in clear."""
 
 
+class RegionalContent(SQLModel, table=True):
+    """Content that a region's own store holds; here stand its name and size, and never its bytes."""
+
+    __tablename__ = "regional_content"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    digest: str = Field(primary_key=True)
+    region: str = Field(primary_key=True)
+    size: int
+    media_type: str
+    stored_at: int = Field(sa_type=BIG)
+
+
 class SubjectKey(SQLModel, table=True):
     """A data key, wrapped by a master key that is never in the database; destroying it erases a subject."""
 

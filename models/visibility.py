@@ -51,6 +51,11 @@ MEMO_ANSWER = "answer"
 MEMO_BODY = "body"
 
 
+def queue_of(queue: str, region: str | None = None) -> str:
+    """A queue, or the same one of a region: a request bound to a region can only run there."""
+    return str(queue) if region is None else f"{queue}-{region}"
+
+
 def infer_queue(tier: str, region: str | None = None) -> str:
-    """The queue of one tier; a request bound to a region can only run on that region's."""
-    return f"infer-{tier}" if region is None else f"infer-{tier}-{region}"
+    """The queue of one tier, or of its part that serves one region."""
+    return queue_of(f"infer-{tier}", region)

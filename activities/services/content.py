@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from sqlalchemy import Connection, Row, select
 
 from activities.services.database import Database, insert_for, to_micros
+from activities.services.regions import absent, home_of, name_in
 from activities.services.vault import Keys, Sealed, Vault
 from models.canonical import canonical, sha256
 from models.errors import InvalidInput, KeyMissing, LedgerBroken
@@ -55,6 +56,7 @@ class ContentStore:
 
         Raises:
             InvalidInput: there is no such blob.
+            RegionBound: another region's processes hold it.
             LedgerBroken: the stored bytes are not those that were named.
             KeyMissing: they are sealed, and the key is not here.
             KeyDestroyed: they were erased.
@@ -83,6 +85,23 @@ def put_blob(
     connection: Connection, tenant: str, data: bytes, media_type: str, subject: str | None = None
 ) -> Ref:
     """Keep bytes inside a transaction that is under way; a subject only matters with encryption on."""
+    home = home_of(connection)
+    if home is None:
+        return put_here(connection, tenant, data, media_type, subject)
+    ref = home.write(lambda link: put_here(link, tenant, data, media_type, subject, home.region))
+    name_in(connection, tenant, ref, home.region)
+    return ref
+
+
+def put_here(
+    connection: Connection,
+    tenant: str,
+    data: bytes,
+    media_type: str,
+    subject: str | None = None,
+    region: str | None = None,
+) -> Ref:
+    """Keep bytes in this very database; at the centre that is right for what speaks of no request only."""
     if len(data) > LIMIT_BYTES:
         raise InvalidInput.field("content", f"{len(data)} bytes", f"keep it under {LIMIT_BYTES} bytes")
     name, stored, sealed_by = sha256(data), data, None
@@ -96,7 +115,7 @@ def put_blob(
         digest=name,
         media_type=media_type,
         data_class="internal",
-        region=None,
+        region=region,
         stored_at=to_micros(datetime.now(UTC)),
         data=stored,
         sealed_by=sealed_by,
@@ -111,10 +130,24 @@ def put_model(connection: Connection, tenant: str, value: BaseModel) -> Ref:
 
 
 def get_blob(connection: Connection, tenant: str, digest: str) -> bytes:
-    """Read bytes inside a transaction that is under way, and check their name."""
+    """Read bytes inside a transaction that is under way, and check their name.
+
+    Raises:
+        InvalidInput: there are none.
+        RegionBound: another region's processes hold them.
+    """
+    home = home_of(connection)
+    data = None if home is None else home.read(lambda link: _checked(link, tenant, digest))
+    data = _checked(connection, tenant, digest) if data is None else data
+    if data is None:
+        raise absent(connection, tenant, digest)
+    return data
+
+
+def _checked(connection: Connection, tenant: str, digest: str) -> bytes | None:
     row = _row(connection, tenant, digest)
     if row is None:
-        raise InvalidInput.field("ref", digest, "no such content is stored; store it first")
+        return None
     data = _opened(connection, tenant, row)
     if digest not in (sha256(data), sha256(row.data)):
         raise LedgerBroken(f"content {digest} does not hash to its name; restore it from a backup")
@@ -123,6 +156,12 @@ def get_blob(connection: Connection, tenant: str, digest: str) -> bytes:
 
 def peek_blob(connection: Connection, tenant: str, digest: str) -> bytes | None:
     """What is stored under a name, opened if it can be, unchecked; for those who check by themselves."""
+    home = home_of(connection)
+    data = None if home is None else home.read(lambda link: _peeked(link, tenant, digest))
+    return _peeked(connection, tenant, digest) if data is None else data
+
+
+def _peeked(connection: Connection, tenant: str, digest: str) -> bytes | None:
     row = _row(connection, tenant, digest)
     if row is None:
         return None

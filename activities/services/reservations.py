@@ -6,6 +6,7 @@ until its deadline; a later attempt takes over with the next epoch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -16,6 +17,7 @@ from sqlalchemy import Connection, Row, select, update
 
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import add_in
+from activities.services.residence import withheld
 from models.canonical import derived_id
 from models.ledger import Draft, EventType, act_stream
 from models.loop import Guarantee, Intent, Plan, Receipt, action_key
@@ -111,17 +113,18 @@ def confirm(link: Connection, who: Claimant, receipt: Receipt, now: datetime) ->
     A confirmation counts whatever the epoch: a target that refuses a second use of the key, or was asked for
     it, speaks of the one effect there is.
     """
+    plain = receipt.model_dump(mode="json")
     changed = link.execute(
         update(EFFECT)
         .where(_is(who), EFFECT.c.state.in_((Held.RESERVED, Held.DOUBT)))
-        .values(state=Held.CONFIRMED, result=receipt.model_dump_json())
+        .values(state=Held.CONFIRMED, result=json.dumps(withheld(link, who.tenant, plain)))
     )
     if changed.rowcount == 0:
         row = _row(link, who)
         if row is not None and row.result is not None:
             return Receipt.model_validate_json(row.result)
         raise LookupError(f"action {who.key} was closed before its effect was confirmed")
-    _log(link, who, now, EventType.RECEIPT, who.event, receipt.model_dump(mode="json"))
+    _log(link, who, now, EventType.RECEIPT, who.event, plain)
     return receipt
 
 
