@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TextIO
 
@@ -13,6 +14,7 @@ import typer
 
 from activities.services.checkpoints import Checkpoints, last_note, load_key, proof_of
 from activities.services.ledger_export import Item, of_database, of_lines, to_lines
+from activities.services.ledger_formats import to_ocsf, to_prov
 from activities.services.notes import NoteKey
 from activities.services.verifier import Report, Verifier, check_database
 from activities.services.witnesses import witnesses
@@ -23,6 +25,21 @@ from workers import config
 from workers.compose import utc_now
 
 SHOWN = 20
+
+
+class Form(StrEnum):
+    """How a log is written."""
+
+    JSONL = "jsonl"
+    OCSF = "ocsf"
+    PROV = "prov"
+
+
+FORMS: dict[Form, Callable[[Iterable[Item]], Iterator[str]]] = {
+    Form.JSONL: to_lines,
+    Form.OCSF: to_ocsf,
+    Form.PROV: to_prov,
+}
 Keys = Annotated[
     list[str] | None,
     typer.Option("--key", help="A key that may have signed, as `ledger key` prints it; again for each."),
@@ -61,9 +78,12 @@ def prove(event: Annotated[str, typer.Argument(metavar="EVENT_ID", help="The eve
 
 def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A file; else standard output.")] = None,
+    form: Annotated[
+        Form, typer.Option("--format", help="jsonl can be checked; ocsf and prov are views for other tools.")
+    ] = Form.JSONL,
 ) -> None:
     """Write the whole log, one JSON object a line; `scripts/verify_ledger.py export` checks it."""
-    asyncio.run(_export(config.load(), out))
+    asyncio.run(_export(config.load(), out, form))
 
 
 def checkpoint(as_json: Json = False) -> None:
@@ -97,10 +117,10 @@ async def _prove(settings: Settings, event: str) -> None:
         said(await session.database.read(lambda link: proof_of(link, tenant, event, note, public)))
 
 
-async def _export(settings: Settings, out: Path | None) -> None:
+async def _export(settings: Settings, out: Path | None, form: Form) -> None:
     async with opened(settings) as session:
         with _opened(out) as file, session.database.engine.connect() as link:
-            for line in to_lines(of_database(link, session.tenant, _key(settings).name)):
+            for line in FORMS[form](of_database(link, session.tenant, _key(settings).name)):
                 file.write(f"{line}\n")
 
 
