@@ -3,27 +3,30 @@
 One server that answers at once, in a process of its own; the contestants take turns on it at concurrency 1
 and 50. *Policy only* filters, decides, and passes breaker and door; *as shipped* also holds the money, puts
 the route on record, stores the answer and settles, all durable. Beside them the same request by a bare
-httpx-aiohttp client, by plain httpx, and by LiteLLM's Router where it is installed. Prints one JSON object.
+httpx-aiohttp client, by plain httpx, and by LiteLLM's Router, in a process of its own on the same server
+(`make peers`). Then, alone: the decision, a cache hit, a failover, and the router's share of a call to the
+bundled model. Prints one JSON object, with a verdict per goal.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import json
+import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import httpx
@@ -38,118 +41,29 @@ from activities.services.router import Answerer
 from activities.services.routes import Routes
 from activities.services.till import Till
 from activities.tiers.base import Endpoint
+from activities.tiers.llama_cpp import LlamaCpp
+from activities.tiers.wire import http_client
 from models.budget import Account, Budget
+from models.errors import TierUnavailable
 from models.inference import Answered, Call, Completion, DataClass, Inputs, Message, Params, Prompt, Task
 from models.loop import Ref
-from models.orders import RouteOrder
+from models.orders import Fell, Routed, RouteOrder
 from models.routing import Snapshot, Telemetry, Wish, decide, needs_of
 from models.settings import TierSettings
+from scripts.bench._instant import QUESTION, REFUSED, Posted, instant_server, posted
+from scripts.bench._turns import Contestant, Once, Seen, compared, lines, local, peer, ratios, spread
 
 TASK = "bench.said"
-QUESTION = "Say something about bicycles, in a sentence or two, for people who live nearby."
-ANSWER = {
-    "id": "x",
-    "model": "instant-1",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 30, "completion_tokens": 1, "total_tokens": 31},
-}
-Once = Callable[[], Awaitable[None]]
-
-
-class Instant(asyncio.Protocol):
-    """HTTP as far as the contestants need it: every POST gets the same answer at once."""
-
-    BODY = json.dumps(ANSWER).encode()
-    SAID = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
-        len(BODY),
-        BODY,
-    )
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Nothing was read yet."""
-        self._transport, self._read = transport, b""
-
-    def data_received(self, data: bytes) -> None:
-        """Answer every request that is complete."""
-        self._read += data
-        while (end := self._read.find(b"\r\n\r\n")) >= 0:
-            head = self._read[:end].lower()
-            _, _, length = head.partition(b"content-length:")
-            size = end + 4 + int(length.split(b"\r\n", 1)[0] or 0)
-            if len(self._read) < size:
-                return
-            self._read = self._read[size:]
-            assert isinstance(self._transport, asyncio.Transport)
-            self._transport.write(self.SAID)
-
-
-async def serve() -> None:
-    """Print the port and answer until the pipe to the parent closes."""
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(Instant, "127.0.0.1", 0)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await loop.run_in_executor(None, sys.stdin.read)
-
-
-@dataclass(frozen=True, slots=True)
-class Contestant:
-    """One way of asking."""
-
-    name: str
-    once: Once
-
-
-@dataclass(slots=True)
-class Timed:
-    """What one contestant took at one concurrency, over all turns."""
-
-    milliseconds: list[float] = field(default_factory=list[float])
-    per_second: list[float] = field(default_factory=list[float])
-
-    def report(self) -> dict[str, float]:
-        """Medians over turns and quantiles over requests."""
-        cuts = quantiles(self.milliseconds, n=100)
-        return {
-            "p50_ms": round(median(self.milliseconds), 3),
-            "p99_ms": round(cuts[98], 3),
-            "per_second": round(median(self.per_second), 1),
-        }
-
-
-class Posted:
-    """An endpoint that posts as the bare client does, so that only the router's own share differs."""
-
-    name = "instant"
-
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        """The client knows the address."""
-        self._client = client
-
-    async def complete(self, prompt: Prompt) -> Completion:
-        """Post once."""
-        said = await posted(self._client)
-        usage = said["usage"]
-        return Completion(
-            text=said["choices"][0]["message"]["content"],
-            finish="stop",
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
-            model=said["model"],
-            milliseconds=0,
-        )
-
-    async def ready(self) -> bool:
-        """Always."""
-        return True
-
-    async def aclose(self) -> None:
-        """The client is closed by who made it."""
-
-
-async def posted(client: httpx.AsyncClient) -> dict[str, Any]:
-    """One chat completion."""
-    body = {"model": "instant-1", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32}
-    return (await client.post("/v1/chat/completions", json=body)).json()
+BARE, PLAIN, POLICY, SHIPPED, LITELLM = (
+    "bare httpx-aiohttp",
+    "plain httpx",
+    "policy only",
+    "as shipped",
+    "litellm router",
+)
+FAILOVERS = 200
+ASKED = 12
+"""Calls to the bundled model."""
 
 
 class Paper:
@@ -162,6 +76,36 @@ class Paper:
     async def put(self, tenant: str, data: bytes, media_type: str = "") -> Ref:
         """A name for anything."""
         return Ref(digest="0" * 64, size=len(data))
+
+
+class Watched:
+    """An endpoint whose time is kept apart from what is around it."""
+
+    def __init__(self, inner: Endpoint) -> None:
+        """Take the endpoint."""
+        self._inner = inner
+        self.milliseconds: list[float] = []
+
+    @property
+    def name(self) -> str:
+        """As the endpoint's."""
+        return self._inner.name
+
+    async def complete(self, prompt: Prompt) -> Completion:
+        """Pass on and look at the clock."""
+        began = time.perf_counter()
+        try:
+            return await self._inner.complete(prompt)
+        finally:
+            self.milliseconds.append((time.perf_counter() - began) * 1000)
+
+    async def ready(self) -> bool:
+        """As the endpoint is."""
+        return await self._inner.ready()
+
+    async def aclose(self) -> None:
+        """Close the endpoint."""
+        await self._inner.aclose()
 
 
 def said_task() -> Task:
@@ -211,71 +155,73 @@ def policy_only(url: str, client: httpx.AsyncClient) -> Once:
     return once
 
 
-async def as_shipped(url: str, client: httpx.AsyncClient, database: Database) -> Once:
+@dataclass(frozen=True, slots=True)
+class Shipped:
     """The engines as the workers have them, on a database on disk."""
-    known = tiers(url)
-    content, ledger = ContentStore(database), LedgerStore(database, now)
-    budgets = (Budget(amount="1000000", currency="EUR"),)
-    endpoints: dict[str, Endpoint] = {tier.name: Posted(client) for tier in known}
-    routes = Routes(known, TASKS, content, ledger, database=database, clock=now, budgets=budgets)
-    answerer = Answerer(known, endpoints, TASKS, content, till=Till(database, now), clock=now)
-    call = Call(task=TASK, inputs={"question": await content.put("default", QUESTION.encode())})
 
-    async def once() -> None:
+    routes: Routes
+    answerer: Callable[[], Answerer]
+    call: Call
+
+    @classmethod
+    async def on(cls, database: Database, endpoints: Mapping[str, Endpoint], url: str) -> Shipped:
+        """With a budget, and the question in the content store."""
+        known, content = tiers(url), ContentStore(database)
+        budgets = (Budget(amount="1000000", currency="EUR"),)
+        ledger = LedgerStore(database, now)
+        routes = Routes(known, TASKS, content, ledger, database=database, clock=now, budgets=budgets)
+
+        def answerer() -> Answerer:
+            return Answerer(known, endpoints, TASKS, content, till=Till(database, now), clock=now)
+
+        question = await content.put("default", QUESTION.encode())
+        return cls(routes, answerer, Call(task=TASK, inputs={"question": question}))
+
+    async def route(self) -> tuple[str, Routed]:
+        """A route of a run of its own, and its event id."""
         event = uuid.uuid4().hex
         order = RouteOrder(
-            tenant="default", workflow_id=f"bench-{event}", event_id=event, agent="bench", call=call
+            tenant="default", workflow_id=f"bench-{event}", event_id=event, agent="bench", call=self.call
         )
-        routed = await routes.route(order)
-        await answerer.answer("default", call, routed.route.tiers[0], routed.grant)
+        return event, await self.routes.route(order)
 
-    return once
+    def once(self) -> Once:
+        """Route, ask, settle."""
+        answerer = self.answerer()
+
+        async def once() -> None:
+            _, routed = await self.route()
+            await answerer.answer("default", self.call, routed.route.tiers[0], routed.grant)
+
+        return once
+
+    async def failed_over(self, answerer: Answerer) -> None:
+        """The first tier fails, the fall goes on record, and the second one answers."""
+        event, routed = await self.route()
+        first, second = routed.route.tiers
+        try:
+            await answerer.answer("default", self.call, first, routed.grant)
+        except TierUnavailable as error:
+            fell = Fell(
+                tenant="default",
+                workflow_id=f"bench-{event}",
+                event_id=f"fell-{event}",
+                task=TASK,
+                tier=first,
+                to=second,
+                reason=error.message,
+                kind="TierUnavailable",
+                reservation=routed.grant.reservation,
+            )
+            await self.routes.fell(fell)
+            await answerer.answer("default", self.call, second, routed.grant)
 
 
-def litellm_router(url: str) -> Once | None:
-    """LiteLLM's Router on the same server, if somebody installed it beside us."""
-    try:
-        litellm: Any = importlib.import_module("litellm")
-    except ImportError:
-        return None
-    parameters = {"model": "openai/instant-1", "api_base": f"{url}/v1", "api_key": "none"}
-    router = litellm.Router(model_list=[{"model_name": "instant", "litellm_params": parameters}])
-
-    async def once() -> None:
-        await router.acompletion(model="instant", messages=[{"role": "user", "content": QUESTION}])
-
-    return once
-
-
-async def timed(once: Once, requests: int, concurrency: int, into: Timed) -> None:
-    """Ask so many times, so many at once."""
-    left = iter(range(requests))
-
-    async def run() -> None:
-        for _ in left:
-            began = time.perf_counter()
-            await once()
-            into.milliseconds.append((time.perf_counter() - began) * 1000)
-
+async def milliseconds(once: Once) -> float:
+    """How long one takes."""
     began = time.perf_counter()
-    await asyncio.gather(*(run() for _ in range(concurrency)))
-    into.per_second.append(requests / (time.perf_counter() - began))
-
-
-async def compared(
-    contestants: Sequence[Contestant], requests: int, turns: int
-) -> dict[str, dict[str, dict[str, float]]]:
-    """All contestants in turn, several times over."""
-    seen = {one.name: {1: Timed(), 50: Timed()} for one in contestants}
-    for one in contestants:
-        await timed(one.once, 50, 10, Timed())
-    for _ in range(turns):
-        for one in contestants:
-            await timed(one.once, requests // 4, 1, seen[one.name][1])
-            await timed(one.once, requests, 50, seen[one.name][50])
-    return {
-        name: {f"concurrency_{at}": times.report() for at, times in by.items()} for name, by in seen.items()
-    }
+    await once()
+    return (time.perf_counter() - began) * 1000
 
 
 def decided(url: str, times: int) -> dict[str, float]:
@@ -284,14 +230,14 @@ def decided(url: str, times: int) -> dict[str, float]:
     call = Call(task=TASK)
     account = Account(name="default/*/EUR/2026-05-04", currency="EUR", cap=10**12)
     snapshot = Snapshot(tiers={tier.name: Telemetry() for tier in known}, accounts=(account,))
-    into = Timed(per_second=[0.0])
+    seen: list[float] = []
     for _ in range(times):
         began = time.perf_counter()
         inputs = {"question": QUESTION}
         needs = needs_of(task, call, task.build(inputs, {}), inputs)
         decide(Wish(task=TASK, prefer="small", needs=needs), known, snapshot)
-        into.milliseconds.append((time.perf_counter() - began) * 1000)
-    return {name: value for name, value in into.report().items() if name != "per_second"}
+        seen.append((time.perf_counter() - began) * 1000)
+    return spread(seen)
 
 
 async def hits(database: Database, times: int) -> dict[str, float]:
@@ -302,12 +248,87 @@ async def hits(database: Database, times: int) -> dict[str, float]:
     answer = Answered(text=Ref(digest="0" * 64, size=1), tier="instant", model="instant-1")
     until = now() + timedelta(hours=1)
     await database.write(lambda link: put_in(link, key_of(scope, prompt), answer, TASK, until))
-    into = Timed(per_second=[0.0])
-    for _ in range(times):
-        began = time.perf_counter()
+
+    async def once() -> None:
         assert await cache.get(key_of(scope, prompt)) is not None
-        into.milliseconds.append((time.perf_counter() - began) * 1000)
-    return {name: value for name, value in into.report().items() if name != "per_second"}
+
+    return spread([await milliseconds(once) for _ in range(times)])
+
+
+async def failover(database: Database, url: str, client: httpx.AsyncClient) -> dict[str, Any]:
+    """A call whose first tier refuses the connection, beside one that is answered at once."""
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{closed_port()}", transport=AiohttpTransport(trust_env=False)
+    ) as away:
+        gone = Posted(away)
+        endpoints: dict[str, Endpoint] = {tier.name: Posted(client) for tier in tiers(url)}
+        shipped = await Shipped.on(database, endpoints | {"instant": gone}, url)
+        whole = (await Shipped.on(database, endpoints, url)).once()
+
+        async def refused() -> None:
+            try:
+                await posted(away)
+            except REFUSED:
+                return
+
+        fallen, straight, bare = list[float](), list[float](), list[float]()
+        for _ in range(FAILOVERS):
+            # Of its own, since after five of them the breaker would spare us the connection.
+            answerer = shipped.answerer()
+            fallen.append(await milliseconds(lambda: shipped.failed_over(answerer)))  # noqa: B023
+            straight.append(await milliseconds(whole))
+            bare.append(await milliseconds(refused))
+    return {
+        "calls": FAILOVERS,
+        "failed_connections_per_call": gone.unreached / FAILOVERS,
+        "failed_over_p50_ms": round(median(fallen), 3),
+        "answered_at_once_p50_ms": round(median(straight), 3),
+        "added_p50_ms": round(median(fallen) - median(straight), 3),
+        "one_failed_connection_p50_ms": round(median(bare), 3),
+    }
+
+
+def closed_port() -> int:
+    """A port that refuses connections."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def share(database: Database, data: Path) -> dict[str, Any]:
+    """How much of a call to the bundled model is ours, with its own adapter and everything durable."""
+    with bundled_model(data) as url:
+        settings = tiers(url)[0]
+        endpoint = Watched(LlamaCpp(settings, http_client(settings)))
+        try:
+            everywhere: dict[str, Endpoint] = {tier.name: endpoint for tier in tiers(url)}
+            once = (await Shipped.on(database, everywhere, url)).once()
+            await once()
+            endpoint.milliseconds.clear()
+            whole = [await milliseconds(once) for _ in range(ASKED)]
+        finally:
+            await endpoint.aclose()
+    ours = [all_of_it - model for all_of_it, model in zip(whole, endpoint.milliseconds, strict=True)]
+    return {
+        "calls": ASKED,
+        "call_p50_ms": round(median(whole), 1),
+        "router_p50_ms": round(median(ours), 2),
+        "share_percent": round(sum(ours) / sum(whole) * 100, 2),
+    }
+
+
+@contextmanager
+def bundled_model(data: Path) -> Generator[str]:
+    """The address of the product's own model server; it is gone afterwards."""
+    command = [sys.executable, "-m", "workers.model_server", "chat", "--port", "0", "--data", str(data)]
+    command += ["--context", "1024", "--parent-pid", str(os.getpid())]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            said = (line.split() for line in process.stderr)
+            yield next(words[-1] for words in said if "listening" in words)
+        finally:
+            process.terminate()
 
 
 def now() -> datetime:
@@ -318,7 +339,7 @@ def now() -> datetime:
 async def bench(requests: int, turns: int) -> dict[str, Any]:
     """Everything, in one run."""
     async with AsyncExitStack() as stack:
-        url = stack.enter_context(_server())
+        url = stack.enter_context(instant_server())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd())))
         migrate(f"sqlite:///{folder / 'bench.db'}")
         database = Database(f"sqlite:///{folder / 'bench.db'}")
@@ -329,28 +350,65 @@ async def bench(requests: int, turns: int) -> dict[str, Any]:
         plain = await stack.enter_async_context(
             httpx.AsyncClient(base_url=url, trust_env=False, limits=limits)
         )
+        endpoints: dict[str, Endpoint] = {tier.name: Posted(fast) for tier in tiers(url)}
         contestants = [
-            Contestant("bare httpx-aiohttp", _bare(fast)),
-            Contestant("plain httpx", _bare(plain)),
-            Contestant("policy only", policy_only(url, fast)),
-            Contestant("as shipped", await as_shipped(url, fast, database)),
+            Contestant(BARE, local(_bare(fast))),
+            Contestant(PLAIN, local(_bare(plain))),
+            Contestant(POLICY, local(policy_only(url, fast))),
+            Contestant(SHIPPED, local((await Shipped.on(database, endpoints, url)).once())),
         ]
-        litellm = litellm_router(url)
+        litellm = await stack.enter_async_context(peer("litellm_router.py", url))
         if litellm is not None:
-            contestants.append(Contestant("litellm router", litellm))
-        lines = await compared(contestants, requests, turns)
-        report: dict[str, Any] = {"requests": requests, "turns": turns, "lines": lines}
-        report["added_p50_ms_at_1"] = _added(lines)
-        report["decision_alone"] = decided(url, 3000)
-        report["cache_hit"] = await hits(database, 3000)
-        report["litellm"] = "in the lines" if litellm is not None else "not installed"
+            contestants.append(Contestant(LITELLM, litellm.turn))
+        seen = await compared(contestants, requests, turns)
+        alone = {
+            "decision_alone": decided(url, 3000),
+            "cache_hit": await hits(database, 3000),
+            "failover": await failover(database, url, fast),
+            "local_model": await share(database, folder),
+        }
+        report: dict[str, Any] = {"requests": requests, "turns": turns, "lines": lines(seen)} | alone
+        report["litellm"] = litellm.version["litellm"] if litellm else "missing; install it with make peers"
+        report["verdict"] = verdict(seen, report)
         return report
 
 
-def _added(lines: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    bare = lines["bare httpx-aiohttp"]["concurrency_1"]["p50_ms"]
-    ours = ("policy only", "as shipped")
-    return {name: round(lines[name]["concurrency_1"]["p50_ms"] - bare, 3) for name in ours}
+def verdict(seen: Seen, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each goal, what was measured, and whether that meets it."""
+    at_once, fell = report["lines"][SHIPPED]["concurrency_1"], report["failover"]
+    alone = report["decision_alone"]
+    goals: list[dict[str, Any]] = [
+        _goal("decision p50, at most 0.3 ms", alone["p50_ms"], alone["p50_ms"] <= 0.3),
+        _goal("decision p99, at most 3 ms", alone["p99_ms"], alone["p99_ms"] <= 3),
+        _goal(
+            "as shipped adds at most 3 ms p50 at concurrency 1",
+            at_once["added_p50_ms"],
+            at_once["added_p50_ms"] <= 3,
+        ),
+        _goal(
+            "cache hit p50 under 0.3 ms", report["cache_hit"]["p50_ms"], report["cache_hit"]["p50_ms"] < 0.3
+        ),
+        _goal(
+            "failover: no more than one failed connection per call",
+            fell["failed_connections_per_call"],
+            fell["failed_connections_per_call"] <= 1,
+        ),
+        _goal(
+            "under 2 % of a call to the bundled model",
+            report["local_model"]["share_percent"],
+            report["local_model"]["share_percent"] < 2,
+        ),
+    ]
+    if LITELLM in seen:
+        for ours, least in ((POLICY, 8), (SHIPPED, 4)):
+            times = ratios(seen, ours, LITELLM, 50)
+            name = f"{ours}: at least {least} times LiteLLM's requests per second at concurrency 50"
+            goals.append(_goal(name, times, times["median"] >= least))
+    return goals
+
+
+def _goal(goal: str, measured: Any, met: bool) -> dict[str, Any]:
+    return {"goal": goal, "measured": measured, "met": met}
 
 
 def _bare(client: httpx.AsyncClient) -> Once:
@@ -360,27 +418,12 @@ def _bare(client: httpx.AsyncClient) -> Once:
     return once
 
 
-class _server:
-    def __enter__(self) -> str:
-        argv = [sys.executable, "-m", "scripts.bench.router", "--serve"]
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        return f"http://127.0.0.1:{int(self._process.stdout.readline())}"
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Serve, or run and report."""
+    """Run and report."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench router", description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="per turn at concurrency 50")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", type=int, default=5)
     given = parser.parse_args(argv)
-    if given.serve:
-        asyncio.run(serve())
-        return 0
     print(json.dumps(asyncio.run(bench(given.requests, given.turns)), indent=2))
     return 0
 
