@@ -1,8 +1,9 @@
 """One database for everything that must last: group-committed writes on one thread, reads beside it.
 
 Every write of a process goes through its single writer, which puts whatever has queued up meanwhile into one
-transaction: one fsync for many appends. Work functions must be pure towards the outside, since a batch whose
-commit fails is reported to all of its members as failed, and one in which a job fails is run again.
+transaction: one fsync for many appends, and one pass for those that can share even more (`Shared`). Work
+functions must be pure towards the outside, since a batch whose commit fails is reported to all of its members
+as failed, and one in which a job fails is run again.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar, cast
+from itertools import groupby
+from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Connection, Table, create_engine, event
 from sqlalchemy.dialects.postgresql import insert as pg_insert
@@ -27,11 +29,27 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
+Item = TypeVar("Item")
 T = TypeVar("T")
 BATCH = 128
+LINGER_SECONDS = 0.0005
+CROWD_SECONDS = 0.002
 BUSY_MILLISECONDS = 30_000
 COURTESY_SECONDS = 1.0
 NAP_SECONDS = 0.0005
+
+
+@dataclass(frozen=True, slots=True)
+class Shared(Generic[Item, T]):
+    """Work that costs less when it is done at once for all who want it."""
+
+    many: Callable[[Connection, Sequence[Item]], Sequence[T]]
+    """Does it for each, in this order; one failure fails all, which are then done one by one."""
+    item: Item
+
+    def __call__(self, connection: Connection) -> T:
+        """Do it for this one alone."""
+        return self.many(connection, [self.item])[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +78,8 @@ class Database:
         self._writer: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._crowd = 1
+        """How many were served last time; they are likely to come back."""
 
     async def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a durable transaction, together with what others queued; all or nothing for each."""
@@ -103,41 +123,48 @@ class Database:
             self._jobs.put(job)
 
     def _run(self) -> None:
-        while (first := self._jobs.get()) is not None:
-            batch, last = [first], False
-            with suppress(queue.Empty):
-                while len(batch) < BATCH and not last:
-                    job = self._jobs.get_nowait()
-                    last = job is None
-                    if job is not None:
-                        batch.append(job)
-            self._commit([job for job in batch if _is_wanted(job)])
-            if last:
-                return
+        going = True
+        while going and (first := self._jobs.get()) is not None:
+            batch = [first]
+            going = self._gather(batch, time.monotonic() + CROWD_SECONDS)
+            try:
+                with self._turns:
+                    # Others may have come while another process had its turn.
+                    going = going and self._gather(batch, 0)
+                    done = self._commit([job for job in batch if _is_wanted(job)])
+            except BaseException as error:
+                done = [_Done(job, failure=error) for job in batch]
+            self._crowd = len(batch)
+            _deliver(done)
 
-    def _commit(self, batch: list[_Job]) -> None:
+    def _gather(self, batch: list[_Job], until: float) -> bool:
+        """Take what has queued up, and linger for those who came along last time; False at the end."""
+        with suppress(queue.Empty):
+            while len(batch) < BATCH:
+                lingers = len(batch) < self._crowd and time.monotonic() < until
+                job = self._jobs.get(lingers, LINGER_SECONDS)
+                if job is None:
+                    return False
+                batch.append(job)
+        return True
+
+    def _commit(self, batch: list[_Job]) -> list[_Done]:
         try:
-            with self._turns:
-                try:
-                    done = self._together(batch)
-                except _OneFailed:
-                    done = self._apart(batch)
-        except BaseException as error:
-            done = [_Done(job, failure=error) for job in batch]
-        _deliver(done)
+            return self._together(batch)
+        except _OneFailed:
+            return self._apart(batch)
 
     def _together(self, batch: list[_Job]) -> list[_Done]:
         """All jobs in one transaction; savepoints cost more than the jobs do, and are seldom needed."""
+        if not batch:
+            return []
         with self.engine.begin() as connection:
-            done: list[_Done] = []
-            for job in batch:
-                try:
-                    done.append(_Done(job, job.work(connection)))
-                except Exception as error:
-                    if len(batch) == 1:
-                        raise
-                    raise _OneFailed from error
-        return done
+            try:
+                return [one for _, some in groupby(batch, _kind) for one in _do(connection, list(some))]
+            except Exception as error:
+                if len(batch) == 1:
+                    raise
+                raise _OneFailed from error
 
     def _apart(self, batch: list[_Job]) -> list[_Done]:
         """The same, so that a job that fails leaves the others alone."""
@@ -147,6 +174,20 @@ class Database:
 
 class _OneFailed(Exception):
     """A job of a batch failed; nothing of the batch was kept."""
+
+
+def _kind(job: _Job) -> object:
+    return job.work.many if isinstance(job.work, Shared) else None
+
+
+def _do(connection: Connection, jobs: list[_Job]) -> list[_Done]:
+    """Run neighbours of one kind."""
+    first = jobs[0].work
+    if isinstance(first, Shared):
+        results = first.many(connection, [cast(Shared[Any, Any], job.work).item for job in jobs])
+    else:
+        results = [job.work(connection) for job in jobs]
+    return [_Done(job, result) for job, result in zip(jobs, results, strict=True)]
 
 
 def _attempt(connection: Connection, job: _Job) -> _Done:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from activities.services.content import JSON, put_blob
-from activities.services.database import Database, insert_for, to_micros
+from activities.services.database import Database, Shared, insert_for, to_micros
+from activities.services.envelopes import Written, write
 from activities.services.merkle import extend, leaf_hash, pack, unpack
-from activities.services.statements import Statement
-from models.canonical import canonical
+from activities.services.statements import Insertion, Statement
 from models.errors import LedgerBroken
 from models.ledger import Append, Appended, Draft, Entry, Event
 from models.tables import EventRow, LogHead, MerkleNode, table
@@ -36,13 +36,19 @@ _ENTRIES = Statement(
     .order_by(EVENT.c.version)
 )
 _LAST = Statement(select(func.max(EVENT.c.version)).where(_IN_STREAM))
+# An aggregate over all the streams at once would read each of them from its beginning.
+_LASTS = "SELECT value, (SELECT max(version) FROM event WHERE log_id = :log AND stream = value) FROM "
+_LASTS_OF = {
+    "sqlite": Statement(text(f"{_LASTS} json_each(:streams)")),
+    "postgresql": Statement(text(f"{_LASTS} unnest(CAST(:streams AS varchar[])) AS value")),
+}
 _KNOWN = Statement(select(EVENT.c.seq).where(EVENT.c.log_id == _LOG, EVENT.c.event_id == bindparam("event")))
 _HEAD = Statement(select(HEAD.c.size, HEAD.c.peaks).where(HEAD.c.log_id == _LOG).with_for_update())
 _GROW = Statement(
     update(HEAD).where(HEAD.c.log_id == _LOG).values(size=bindparam("new_size"), peaks=bindparam("new_peaks"))
 )
-_ADD_EVENTS = Statement(EVENT.insert())
-_ADD_NODES = Statement(NODE.insert())
+_ADD_EVENTS = Insertion(EVENT)
+_ADD_NODES = Insertion(NODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,15 @@ class _Head:
     tenant: str
     size: int
     peaks: list[bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A wish, with its envelopes as far as they are known before it has its turn."""
+
+    wish: Append
+    written: list[Written] | None
+    """Nothing if texts must be kept first, since the drafts name them."""
 
 
 class LedgerStore:
@@ -64,7 +79,10 @@ class LedgerStore:
 
     async def append(self, wish: Append) -> Appended:
         """Append at a version, or learn what stands there."""
-        return await self._database.write(lambda connection: append_in(connection, wish, self._clock()))
+        return await self._database.write(Shared(self._append, _prepare(wish)))
+
+    def _append(self, connection: Connection, wishes: Sequence[_Prepared]) -> list[Appended]:
+        return _append_all(connection, wishes, self._clock())
 
     async def add(self, tenant: str, draft: Draft) -> None:
         """Append at the end of a stream, once per event id."""
@@ -100,24 +118,7 @@ def append_in(connection: Connection, wish: Append, now: datetime) -> Appended:
     Raises:
         LedgerBroken: the stream is shorter than the writer knows it to be.
     """
-    drafts = _with_texts(connection, wish)
-    head = _lock(connection, wish.tenant)
-    # From the last event the writer knows of, so that one look says both what stands and whether that does.
-    known = {"log": wish.tenant, "stream": wish.stream, "after": wish.expected - 1}
-    rows = _ENTRIES.rows(connection, known)
-    last = wish.expected if rows and rows[0][0] == wish.expected else 0
-    if standing := tuple(_entry(_read(*row[1:])) for row in rows if row[0] > wish.expected):
-        same = [_same(draft, entry) for draft, entry in zip(drafts, standing, strict=False)]
-        won = len(standing) == len(drafts) and all(same)
-        return _won(connection, wish) if won else Appended(won=False, entries=standing)
-    if last != wish.expected:
-        last = _last_version(connection, wish.tenant, wish.stream)
-        raise LedgerBroken(
-            f"stream {wish.stream} ends at version {last}, its writer saw {wish.expected}; events are "
-            "missing, restore the database before going on"
-        )
-    _insert(connection, head, drafts, wish.expected + 1, now)
-    return _won(connection, wish)
+    return _append_all(connection, [_prepare(wish)], now)[0]
 
 
 def add_in(connection: Connection, tenant: str, draft: Draft, now: datetime) -> None:
@@ -125,7 +126,8 @@ def add_in(connection: Connection, tenant: str, draft: Draft, now: datetime) -> 
     head = _lock(connection, tenant)
     if _KNOWN.rows(connection, {"log": tenant, "event": draft.event_id}):
         return
-    _insert(connection, head, (draft,), _last_version(connection, tenant, draft.stream) + 1, now)
+    last = _last_version(connection, tenant, draft.stream)
+    _insert(connection, head, [(write(tenant, draft), last + 1)], now)
 
 
 def entries_in(connection: Connection, tenant: str, stream: str, after: int = 0) -> tuple[Entry, ...]:
@@ -134,21 +136,78 @@ def entries_in(connection: Connection, tenant: str, stream: str, after: int = 0)
     return tuple(_entry(_read(*row[1:])) for row in found)
 
 
+def _prepare(wish: Append) -> _Prepared:
+    texts = wish.comment or wish.keep
+    return _Prepared(wish, None if texts else [write(wish.tenant, draft) for draft in wish.drafts])
+
+
+def _append_all(connection: Connection, wishes: Sequence[_Prepared], now: datetime) -> list[Appended]:
+    """Append each wish, in as few statements as there are tables."""
+    answers = dict[int, Appended]()
+    # Everybody takes the heads of several logs in one order, so that nobody waits for each other.
+    for tenant in sorted({one.wish.tenant for one in wishes}):
+        own = {place: one for place, one in enumerate(wishes) if one.wish.tenant == tenant}
+        answers |= _append_to(connection, tenant, own, now)
+    return [answers[place] for place in range(len(wishes))]
+
+
+def _append_to(
+    connection: Connection, tenant: str, wishes: dict[int, _Prepared], now: datetime
+) -> dict[int, Appended]:
+    head = _lock(connection, tenant)
+    last = _last_versions(connection, tenant, {one.wish.stream for one in wishes.values()})
+    fresh, late, rows = list[int](), list[int](), list[tuple[Written, int]]()
+    for place, prepared in wishes.items():
+        wish = prepared.wish
+        if last[wish.stream] != wish.expected:
+            late.append(place)
+            continue
+        fresh.append(place)
+        written = prepared.written or _with_texts(connection, wish)
+        rows += [(one, wish.expected + number) for number, one in enumerate(written, 1)]
+        last[wish.stream] += len(written)
+    _insert(connection, head, rows, now)
+    answers = {place: _won(connection, wishes[place].wish) for place in fresh}
+    return answers | {place: _standing(connection, wishes[place].wish) for place in late}
+
+
+def _standing(connection: Connection, wish: Append) -> Appended:
+    """What stands where the drafts were to go; they may have been written there before.
+
+    Raises:
+        LedgerBroken: the stream is shorter than the writer knows it to be.
+    """
+    entries = entries_in(connection, wish.tenant, wish.stream, wish.expected)
+    if not entries:
+        last = _last_version(connection, wish.tenant, wish.stream)
+        raise LedgerBroken(
+            f"stream {wish.stream} ends at version {last}, its writer saw {wish.expected}; events are "
+            "missing, restore the database before going on"
+        )
+    drafts = [one.draft for one in _with_texts(connection, wish)]
+    same = [_same(draft, entry) for draft, entry in zip(drafts, entries, strict=False)]
+    if len(entries) == len(drafts) and all(same):
+        return _won(connection, wish)
+    return Appended(won=False, entries=entries)
+
+
 def _won(connection: Connection, wish: Append) -> Appended:
     # The caller knows what it wrote, except for where its comment went.
     entries = entries_in(connection, wish.tenant, wish.stream, wish.expected) if wish.comment else ()
     return Appended(won=True, entries=entries)
 
 
-def _with_texts(connection: Connection, wish: Append) -> tuple[Draft, ...]:
-    for text in wish.keep:
-        put_blob(connection, wish.tenant, text.encode(), JSON)
-    if not wish.comment:
-        return wish.drafts
-    ref = put_blob(connection, wish.tenant, wish.comment.encode(), "text/plain; charset=utf-8")
-    *others, last = wish.drafts
-    body = last.body | {"comment": ref.model_dump(mode="json")}
-    return (*others, last.model_copy(update={"body": body}))
+def _with_texts(connection: Connection, wish: Append) -> list[Written]:
+    """The drafts, once the texts that they refer to are kept."""
+    for text_ in wish.keep:
+        put_blob(connection, wish.tenant, text_.encode(), JSON)
+    drafts = wish.drafts
+    if wish.comment:
+        ref = put_blob(connection, wish.tenant, wish.comment.encode(), "text/plain; charset=utf-8")
+        *others, last = wish.drafts
+        body = last.body | {"comment": ref.model_dump(mode="json")}
+        drafts = (*others, last.model_copy(update={"body": body}))
+    return [write(wish.tenant, draft) for draft in drafts]
 
 
 def _lock(connection: Connection, tenant: str) -> _Head:
@@ -170,40 +229,31 @@ def _last_version(connection: Connection, tenant: str, stream: str) -> int:
     return _LAST.rows(connection, {"log": tenant, "stream": stream})[0][0] or 0
 
 
+def _last_versions(connection: Connection, tenant: str, streams: set[str]) -> dict[str, int]:
+    dialect, names = connection.dialect.name, sorted(streams)
+    given = json.dumps(names) if dialect == "sqlite" else names
+    rows = _LASTS_OF[dialect].rows(connection, {"log": tenant, "streams": given})
+    return {stream: version or 0 for stream, version in rows}
+
+
 def _insert(
-    connection: Connection, head: _Head, drafts: Sequence[Draft], version: int, now: datetime
+    connection: Connection, head: _Head, written: Sequence[tuple[Written, int]], now: datetime
 ) -> None:
-    """Write events, the subtrees they complete, and the new head."""
-    rows = [_row(head, draft, place, version + place, now) for place, draft in enumerate(drafts)]
-    leaves = [bytes.fromhex(row["leaf_hash"]) for row in rows]
+    """Write events at their versions, the subtrees they complete, and the new head."""
+    if not written:
+        return
+    log, moment, micros = head.tenant, now.isoformat(), to_micros(now)
+    rows, leaves = list[tuple[Any, ...]](), list[bytes]()
+    for seq, (one, version) in enumerate(written, head.size + 1):
+        draft, envelope = one.draft, one.at(seq, version, moment)
+        leaves.append(leaf := leaf_hash(envelope))
+        # In the order of the table's columns.
+        place = (log, seq, draft.event_id, draft.stream, version, draft.type.value, draft.correlation_id)
+        rows.append((*place, micros, envelope, leaf.hex()))
     peaks, nodes = extend(head.size, head.peaks, leaves)
-    _ADD_EVENTS.run_many(connection, rows)
-    if nodes:
-        _ADD_NODES.run_many(
-            connection,
-            [{"log_id": head.tenant, "level": n.level, "idx": n.index, "hash": n.hash} for n in nodes],
-        )
-    grown = {"log": head.tenant, "new_size": head.size + len(rows), "new_peaks": pack(peaks)}
-    _GROW.run(connection, grown)
-
-
-def _row(head: _Head, draft: Draft, place: int, version: int, now: datetime) -> dict[str, Any]:
-    seq = head.size + place + 1
-    plain = draft.model_dump(mode="json")
-    plain |= {"log_id": head.tenant, "seq": seq, "version": version, "recorded_at": now.isoformat()}
-    envelope = canonical(plain)
-    return {
-        "log_id": head.tenant,
-        "seq": seq,
-        "event_id": draft.event_id,
-        "stream": draft.stream,
-        "version": version,
-        "type": draft.type.value,
-        "correlation_id": draft.correlation_id,
-        "recorded_at": to_micros(now),
-        "envelope": envelope,
-        "leaf_hash": leaf_hash(envelope).hex(),
-    }
+    _ADD_EVENTS.run(connection, rows)
+    _ADD_NODES.run(connection, [(log, node.level, node.index, node.hash) for node in nodes])
+    _GROW.run(connection, {"log": log, "new_size": head.size + len(rows), "new_peaks": pack(peaks)})
 
 
 def _read(envelope: bytes, hashed: str) -> Event:

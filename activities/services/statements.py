@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ClauseElement, Connection, Dialect
+from sqlalchemy import ClauseElement, Connection, Dialect, Table
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError
 
 Values = Mapping[str, Any]
+PG = postgresql.dialect()
 
 
 class Statement:
@@ -31,16 +33,6 @@ class Statement:
         """Run it once."""
         self._run(connection, values).close()
 
-    def run_many(self, connection: Connection, values: Sequence[Values]) -> None:
-        """Run it for each."""
-        sql, names = self._sql(connection.dialect)
-        cursor = _cursor(connection)
-        try:
-            cursor.executemany(sql, [_placed(one, names) for one in values])
-        except Exception as error:
-            raise _wrapped(connection, sql, error) from error
-        cursor.close()
-
     def _run(self, connection: Connection, values: Values) -> Any:
         sql, names = self._sql(connection.dialect)
         cursor = _cursor(connection)
@@ -58,6 +50,34 @@ class Statement:
             known = str(made), tuple(made.positiontup) if made.positiontup is not None else None
             self._compiled[dialect.name] = known
         return known
+
+
+class Insertion:
+    """Rows of one table, as tuples in the order of its columns, added by one statement."""
+
+    def __init__(self, into: Table) -> None:
+        """Write the statement for both databases."""
+        names = ", ".join(column.name for column in into.columns)
+        marks = ", ".join("?" for _ in into.columns)
+        arrays = ", ".join(f"%s::{column.type.compile(PG)}[]" for column in into.columns)
+        self._each = f"INSERT INTO {into.name} ({names}) VALUES ({marks})"
+        self._all = f"INSERT INTO {into.name} ({names}) SELECT * FROM unnest({arrays})"
+
+    def run(self, connection: Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Add them; none are none."""
+        if not rows:
+            return
+        cursor, sql = _cursor(connection), self._each
+        try:
+            if connection.dialect.name == "sqlite":
+                cursor.executemany(sql, rows)
+            else:
+                # One message there and back, however many rows there are.
+                sql = self._all
+                cursor.execute(sql, [list(column) for column in zip(*rows, strict=True)])
+        except Exception as error:
+            raise _wrapped(connection, sql, error) from error
+        cursor.close()
 
 
 def _cursor(connection: Connection) -> Any:
