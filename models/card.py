@@ -11,8 +11,8 @@ import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from models.loop import Cost, Intent, Plan
-from models.policy import risk
+from models.loop import Change, Cost, Intent, Limits, Plan
+from models.policy import passes_alone, risk
 
 SHORT_LIMIT = 3_000
 """Characters; the UI sends the text in a URL to be rendered, and proxies refuse long ones."""
@@ -113,7 +113,8 @@ def _actions(intent: Intent, texts: Mapping[str, str]) -> list[str]:
             f"#### Action {plan.action + 1}: `{plan.connector}.{plan.operation}`",
             *fenced(action.title),
         ]
-        lines += ["", _plan_line(plan), "", *fenced(texts[plan.diff.digest], "diff"), ""]
+        moved = [f"- {change_text(change)}" for change in plan.changes]
+        lines += ["", _plan_line(plan), *moved, "", *fenced(texts[plan.diff.digest], "diff"), ""]
     if intent.already_applied:
         lines.append(f"Already applied earlier: {', '.join(str(n + 1) for n in intent.already_applied)}")
     return lines
@@ -133,9 +134,10 @@ def _gate(intent: Intent) -> list[str]:
     rule, use = intent.gate, intent.use
     if use is not None:
         left = f"use {use.number} of {use.grant.max_uses}, good until {_time(use.grant.valid_until)}"
+        left = ", ".join(part for part in (left, limits_text(use.grant)) if part)
         return [f"Passes without a person under the grant `{use.grant.name}` ({left})."]
-    if rule.automatic:
-        return ["Policy lets this pass without a person unless it is beyond recall."]
+    if passes_alone(rule, intent.plans):
+        return ["Policy lets this pass without a person."]
     roles = f", with the roles {', '.join(rule.roles)}" if rule.roles else ""
     return [f"Needs {rule.approvals} approval{'s' if rule.approvals > 1 else ''}{roles}."]
 
@@ -159,6 +161,28 @@ def cost_text(cost: Cost) -> str:
     tokens = f"{cost.tokens} tokens" if cost.tokens is not None else "tokens unknown"
     seconds = f"{cost.milliseconds / 1000:.1f} s" if cost.milliseconds is not None else "time unknown"
     return f"{money}, {tokens}, {seconds}"
+
+
+def change_text(change: Change) -> str:
+    """What a number is moved from and to, and by how much of what it was, never rounded down."""
+    unit = f"{change.currency} in its smallest unit" if change.currency else "plain number"
+    step = change.new - change.old
+    part = "from nothing"
+    if change.old:
+        # Towards the larger figure: what is beyond a limit shall not look as if it were within.
+        hundredths = -(-abs(step) * 10_000 // change.old)
+        part = f"{hundredths // 100}.{hundredths % 100:02} %"
+    return f"`{_inline(change.what)}`: {change.old} → {change.new} ({unit}; {step:+}, {part})"
+
+
+def limits_text(limits: Limits) -> str:
+    """How far numbers may be moved, in words; empty for no limit."""
+    parts: list[str] = []
+    if limits.at_most_permille is not None:
+        parts.append(f"at most {limits.at_most_permille // 10}.{limits.at_most_permille % 10} % each")
+    if limits.at_most_minor is not None:
+        parts.append(f"at most {limits.at_most_minor} {limits.currency} in its smallest unit altogether")
+    return ", ".join(parts)
 
 
 def _time(moment: datetime) -> str:

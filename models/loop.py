@@ -26,6 +26,13 @@ Amount = Annotated[str, StringConstraints(pattern=r"^\d{1,12}(\.\d{1,8})?$")]
 """A decimal number as a string; its unit stands beside it."""
 
 
+Currency = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
+"""As EUR."""
+
+Count = Annotated[int, Field(ge=0, le=10**15)]
+"""A whole number that every JSON reader reads exactly."""
+
+
 class Frozen(BaseModel):
     """Immutable, and strict about keys it does not know."""
 
@@ -131,6 +138,32 @@ class Proposal(Frozen):
     """Apply no earlier than this, however early it was approved."""
 
 
+class Change(Frozen):
+    """A number that an action moves, as the connector's dry run read it: from what stands to what is asked."""
+
+    what: str = Field(min_length=1, max_length=120)
+    old: Count
+    new: Count
+    currency: Currency | None = None
+    """Of an amount in its smallest unit, as cents; without it a plain number, as pieces in stock."""
+
+
+class Limits(Frozen):
+    """How far numbers may be moved; a plan that says nothing of numbers lies within no limit."""
+
+    at_most_permille: int | None = Field(default=None, ge=0, le=1_000_000)
+    """Of what stood there, up or down, for each change; from nothing to something is beyond all of them."""
+    at_most_minor: Count | None = None
+    """Up or down, in the smallest unit of the currency, all changes of the intent together."""
+    currency: Currency | None = None
+
+    @model_validator(mode="after")
+    def _minor_with_currency(self) -> Self:
+        if (self.at_most_minor is None) != (self.currency is None):
+            raise ValueError("at_most_minor and currency stand together; set both, or neither")
+        return self
+
+
 class Plan(Frozen):
     """A connector's dry run of one action; made without side effects."""
 
@@ -145,6 +178,8 @@ class Plan(Frozen):
     guarantee: Guarantee
     undo: str = Field(max_length=300)
     cost: Cost = Cost()
+    changes: tuple[Change, ...] = Field(default=(), max_length=200)
+    """The numbers it moves, each of them, or none where the connector cannot say."""
 
 
 class Assurance(StrEnum):
@@ -210,6 +245,8 @@ class GateRule(Frozen):
     automatic_amount: Amount | None = None
     """The most that may cost without a person, all actions together; unknown cost is never automatic."""
     automatic_currency: str | None = Field(default=None, min_length=1)
+    automatic_within: Limits | None = None
+    """How far numbers may be moved without a person."""
     approvals: int = Field(default=1, ge=1, le=20)
     roles: tuple[Name, ...] = ()
     """Roles that must each be covered by a different approver; empty means any person."""
@@ -244,7 +281,7 @@ class GateRule(Frozen):
         return self
 
 
-class Exemption(Frozen):
+class Exemption(Limits):
     """A narrow grant: what lies wholly within it passes without a person, so often and so long."""
 
     name: Name

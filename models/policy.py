@@ -12,11 +12,13 @@ from pydantic import Field, field_validator
 from models.canonical import digest_of
 from models.errors import PolicyDenied
 from models.loop import (
+    Change,
     Cost,
     Exemption,
     Frozen,
     GateRule,
     Intent,
+    Limits,
     Name,
     Plan,
     Proposal,
@@ -96,7 +98,8 @@ def permit(policy: AgentPolicy, proposal: Proposal) -> None:
 
 def covers(grant: Exemption, plans: Sequence[Plan], now: datetime) -> bool:
     """Whether everything that is planned lies within a grant, at this time."""
-    return bool(plans) and now <= grant.valid_until and all(_within(grant, plan) for plan in plans)
+    in_time = bool(plans) and now <= grant.valid_until
+    return in_time and all(_within(grant, plan) for plan in plans) and moves_little(grant, plans)
 
 
 def counts(use: Use, plans: Sequence[Plan], bound_at: datetime) -> bool:
@@ -115,7 +118,34 @@ def is_current(policy: AgentPolicy, intent: Intent, now: datetime) -> bool:
 def passes_alone(rule: GateRule, plans: Sequence[Plan]) -> bool:
     """Whether the rule lets these plans pass without a person: by class, and by cost where it names one."""
     harmless = SEVERITY.index(risk(plans)) <= SEVERITY.index(Reversibility(rule.automatic_up_to))
-    return rule.automatic and harmless and _is_cheap(rule, plans)
+    little = rule.automatic_within is None or moves_little(rule.automatic_within, plans)
+    return rule.automatic and harmless and little and _is_cheap(rule, plans)
+
+
+def moves_little(limits: Limits, plans: Sequence[Plan]) -> bool:
+    """Whether every number that is moved lies within the limits; what is not said is within none."""
+    changes = [change for plan in plans for change in plan.changes]
+    if limits.at_most_permille is None and limits.at_most_minor is None:
+        return True
+    if not all(plan.changes for plan in plans):
+        return False
+    return _is_small_part(limits, plans, changes) and _is_small_sum(limits, changes)
+
+
+def _is_small_part(limits: Limits, plans: Sequence[Plan], changes: Iterable[Change]) -> bool:
+    most = limits.at_most_permille
+    if most is None:
+        return True
+    # Two small steps on one target could be a large one.
+    apart = len({plan.target for plan in plans}) == len(plans)
+    return apart and all(1000 * abs(one.new - one.old) <= most * one.old for one in changes)
+
+
+def _is_small_sum(limits: Limits, changes: Sequence[Change]) -> bool:
+    if limits.at_most_minor is None:
+        return True
+    same = all(one.currency == limits.currency for one in changes)
+    return same and sum(abs(one.new - one.old) for one in changes) <= limits.at_most_minor
 
 
 def _is_cheap(rule: GateRule, plans: Iterable[Plan]) -> bool:

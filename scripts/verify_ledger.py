@@ -113,6 +113,8 @@ def alone(intent: Plain) -> bool:
         return True
     limit = CLASSES.index(gate.get("automatic_up_to", "reversible"))
     harmless = all(CLASSES.index(plan["reversibility"]) <= limit for plan in plans)
+    if not little(gate.get("automatic_within") or {}, plans):
+        return False
     if not gate["automatic"] or not harmless or gate.get("automatic_amount") is None:
         return bool(gate["automatic"] and harmless)
     costs = [plan["cost"] for plan in plans]
@@ -121,10 +123,27 @@ def alone(intent: Plain) -> bool:
     return sum(Decimal(cost["amount"]) for cost in costs) <= Decimal(gate["automatic_amount"])
 
 
+def little(limits: Plain, plans: list[Plain]) -> bool:
+    """Whether all numbers that are moved, as far as they are known, lie within the limits."""
+    part, most = limits.get("at_most_permille"), limits.get("at_most_minor")
+    moved = [change for plan in plans for change in plan.get("changes", ())]
+    if (part is not None or most is not None) and not all(plan.get("changes") for plan in plans):
+        return False
+    if part is not None and len({plan["target"] for plan in plans}) < len(plans):
+        return False
+    if part is not None and any(1000 * abs(one["new"] - one["old"]) > part * one["old"] for one in moved):
+        return False
+    if most is None:
+        return True
+    same = all(one["currency"] == limits["currency"] for one in moved)
+    return same and sum(abs(one["new"] - one["old"]) for one in moved) <= most
+
+
 def covers(grant: Plain, intent: Plain) -> bool:
     """Whether all that is planned lies within a grant at the time of the intent."""
     limit = CLASSES.index(grant["up_to"])
-    return moment(intent["created_at"]) <= moment(grant["valid_until"]) and all(
+    in_time = moment(intent["created_at"]) <= moment(grant["valid_until"]) and little(grant, intent["plans"])
+    return in_time and all(
         plan["connector"] == grant["connector"]
         and plan["operation"] in grant["operations"]
         and any(fnmatchcase(plan["target"], pattern) for pattern in grant["targets"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
-from models.loop import Cost, Guarantee, Reversibility
+from models.loop import Change, Cost, Guarantee, Reversibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,9 @@ class Dry:
     reversibility: Reversibility
     undo: str
     cost: Cost = field(default_factory=Cost)
+    changes: tuple[Change, ...] = ()
+    """Every number that would be moved, read from the target and the arguments, never from the agent's words,
+    and no earlier than `version`. Limits of the gate go by them; where they are not known, none covers it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,10 +25,18 @@ from models.errors import (
     PreconditionLost,
     UnknownName,
 )
-from models.loop import Frozen, Guarantee, Reversibility
+from models.loop import Change, Count, Currency, Frozen, Guarantee, Reversibility
 
 KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,199}")
+PRICE = re.compile(r"[0-9]{1,15}")
 UNTARGETED = "0"
+
+
+class Price(Frozen):
+    """An amount in the smallest unit of its currency."""
+
+    minor: Count
+    currency: Currency
 
 
 class Note(Frozen):
@@ -36,12 +44,15 @@ class Note(Frozen):
 
     text: Annotated[str, Field(min_length=1, max_length=300_000)]
     target: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._\-]{0,79}$")] | None = None
+    price: Price | None = None
+    """What the note wants its target to cost; what it costs now stands in the target's file."""
     fail: Literal["unavailable", "rejected"] | None = None
 
 
 REMEDIES = {
     "text": "write 1 to 300000 characters",
     "target": "write lower-case letters, digits and ._- only, at most 80",
+    "price": "write minor, a whole number from 0, and currency, as EUR",
     "fail": "write unavailable or rejected, or leave it out",
 }
 
@@ -83,6 +94,7 @@ class Null:
             diff="".join(f"+{line}\n" for line in note.text.splitlines()),
             reversibility=Reversibility.REVERSIBLE,
             undo="the note is marked as taken back",
+            changes=self._changes(note),
         )
 
     async def find(self, key: str, work: Work) -> Applied | None:
@@ -160,6 +172,19 @@ class Null:
             return sha256((self._targets / note.target).read_bytes())
         except FileNotFoundError:
             return "absent"
+
+    def _changes(self, note: Note) -> tuple[Change, ...]:
+        """From what its target's file says; a target without a price moves no number that is known."""
+        if note.price is None or note.target is None:
+            return ()
+        try:
+            stands = (self._targets / note.target).read_text().strip()
+        except FileNotFoundError:
+            return ()
+        if PRICE.fullmatch(stands) is None:
+            return ()
+        price = note.price
+        return (Change(what=note.target, old=int(stands), new=price.minor, currency=price.currency),)
 
     def _create(self, path: Path, content: dict[str, str], deadline: datetime) -> None:
         """One system call decides; a file that exists already is the same key's earlier use."""

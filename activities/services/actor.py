@@ -212,6 +212,7 @@ class Actor:
             guarantee=connector.guarantee,
             undo=dry.undo,
             cost=dry.cost,
+            changes=dry.changes,
         )
 
     def _connector(self, name: str) -> Connector:
