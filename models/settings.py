@@ -13,7 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from models.budget import Budget, same_scope
 from models.channels import ChannelSettings, mistake
 from models.inference import DataClass
-from models.loop import Frozen, Name
+from models.loop import Assurance, Frozen, Name
 from models.orders import Pace
 from models.people import Person, PersonId
 from models.policy import Policy
@@ -316,6 +316,20 @@ class Settings(Frozen):
                 line = InitErrorDetails(type=kind, loc=(number, "name"), input=name)
                 raise ValidationError.from_exception_data("tiers", [line])
         return tiers
+
+    @field_validator("policy")
+    @classmethod
+    def _assurance_can_be_had(cls, policy: Policy) -> Policy:
+        for agent, one in policy.agents.items():
+            if one.gate.assurance is Assurance.PRINCIPAL:
+                kind = _refused(
+                    "nothing here can establish it: who sent a message stands in Temporal's history as the "
+                    "sender says it; write signed"
+                )
+                where = ("agents", agent, "gate", "assurance")
+                line = InitErrorDetails(type=kind, loc=where, input=one.gate.assurance.value)
+                raise ValidationError.from_exception_data("policy", [line])
+        return policy
 
     @field_validator("people")
     @classmethod

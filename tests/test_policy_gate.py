@@ -16,6 +16,7 @@ from activities.services.database import Database
 from activities.services.grants import give_back, take_use
 from activities.services.migrations import migrate
 from models.canonical import digest_of
+from models.errors import InvalidInput
 from models.gate import (
     Answer,
     Identity,
@@ -38,6 +39,7 @@ from scripts import verify_ledger
 from temporal.client import submit
 from tests.conftest import a_key, note, settings_for, stack_of
 from tests.intents import DAY, START, a_stream, a_verdict, an_intent
+from workers import config
 
 HOUR = timedelta(hours=1)
 
@@ -349,3 +351,15 @@ def test_the_one_file_verifier_lets_pass_exactly_what_the_worker_does(
     plain_intent = intent.model_dump(mode="json")
     theirs = verify_ledger.passed(plain_intent, verdicts) and not verify_ledger.outrun(verdicts)
     assert theirs == (may_act(entries, intent, digest, START + 9 * HOUR) is None)
+
+
+def test_a_policy_that_asks_for_what_nobody_can_establish_is_refused_with_what_to_write(
+    tmp_path: Path,
+) -> None:
+    toml = '[policy.agents.external]\nconnectors = []\n[policy.agents.external.gate]\nassurance = "{}"\n'
+    (tmp_path / "countersign.toml").write_text(toml.format("principal"))
+    wanted = r"policy\.agents\.external\.gate\.assurance: 'principal' .*write signed"
+    with pytest.raises(InvalidInput, match=wanted):
+        config.load({}, tmp_path)
+    (tmp_path / "countersign.toml").write_text(toml.format("signed"))
+    assert config.load({}, tmp_path).policy.of("external").gate.assurance == "signed"
