@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from temporalio.client import Client, WithStartWorkflowOperation
+from temporalio.client import Client, WithStartWorkflowOperation, WorkflowUpdateRPCTimeoutOrCancelledError
 from temporalio.common import WorkflowIDConflictPolicy
+from temporalio.service import RPCError
 
 from models.beliefs import Handled, Mail, Ownership, owner_id
 from models.visibility import Queue
@@ -37,15 +40,23 @@ async def settle(
     terms: Terms = USUAL,
 ) -> Handled:
     """Change a belief in its turn, and learn what became of it; sending twice changes nothing twice."""
-    return await client.execute_update_with_start_workflow(
-        "settle",
-        mail.model_dump(mode="json"),
-        result_type=Handled,
-        start_workflow_operation=WithStartWorkflowOperation(
-            WORKFLOW, static_summary=f"belief about {subject}"[:190], **_start(tenant, subject, terms)
-        ),
-        rpc_timeout=patience,
+    start = WithStartWorkflowOperation[Any, Any](
+        WORKFLOW, static_summary=f"belief about {subject}"[:190], **_start(tenant, subject, terms)
     )
+    try:
+        return await client.execute_update_with_start_workflow(
+            "settle",
+            mail.model_dump(mode="json"),
+            result_type=Handled,
+            start_workflow_operation=start,
+            rpc_timeout=patience,
+        )
+    except (RPCError, WorkflowUpdateRPCTimeoutOrCancelledError) as error:
+        if not isinstance(error.__cause__, asyncio.CancelledError):
+            # The SDK keeps the error a second time, and complains where nobody looks at it.
+            with suppress(RPCError):
+                await start.workflow_handle()
+        raise
 
 
 async def tell(client: Client, tenant: str, subject: str, mail: Mail, terms: Terms = USUAL) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from temporalio.client import WorkflowExecutionStatus
 
-from activities.services.beliefs import Beliefs
+from activities.services.beliefs import Beliefs, belief_stream
 from activities.services.database import Database
 from activities.services.leases import LEASE, Leases, check_in, seize_in
+from activities.services.ledger_store import entries_in
 from models.beliefs import Delivery, Mail, Ownership, Owning, owner_id
 from models.errors import LedgerConflict
 from temporal.beliefs import settle, tell
@@ -90,6 +91,30 @@ async def test_owners_hand_over_by_continuing_as_new_and_nothing_is_lost_or_done
     assert order["handled"] == 91 == len({one["event"] for one in order["answers"]})
     described = await stack.client.get_workflow_handle(owner_id("default", sku)).describe()
     assert described.run_id != handle.first_execution_run_id
+
+
+async def test_an_owner_that_a_late_step_of_an_earlier_run_has_fenced_off_takes_its_subject_anew(
+    stack: Stack,
+) -> None:
+    sku = f"sku-{a_key()}"
+    await settle(stack.client, "default", sku, price("e1", "10"))
+    beliefs = Beliefs(stack.database, lambda: NOW)
+    assert await beliefs.own(Owning(tenant="default", subject=sku, holder="an earlier run")) == 2
+    assert (await settle(stack.client, "default", sku, price("e2", "11"))).won
+    run = (await stack.client.get_workflow_handle(owner_id("default", sku)).describe()).run_id
+    stream = belief_stream("default", "pricing", sku)
+    entries = await stack.database.read(lambda link: entries_in(link, "default", stream))
+    assert [(one.body["owner"], one.body["epoch"]) for one in entries] == [(run, 1), (run, 3)]
+
+
+async def test_two_agents_may_call_their_events_the_same(stack: Stack) -> None:
+    sku = f"sku-{a_key()}"
+    mails = (price("e1", "10"), Mail(agent="content", event="e1", sets={"description": "warm"}))
+    answers = await asyncio.gather(*(settle(stack.client, "default", sku, mail) for mail in mails))
+    assert [(one.agent, one.won, one.version) for one in answers] == [
+        ("pricing", True, 1),
+        ("content", True, 1),
+    ]
 
 
 async def test_what_is_no_mail_harms_nobody(stack: Stack) -> None:

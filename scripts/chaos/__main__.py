@@ -1,5 +1,7 @@
 """`python -m scripts.chaos`: every boundary, connector, answer and kind of fall, on one stack.
 
+`python -m scripts.chaos owner` has many deciders change one subject instead; see `scripts.chaos.owner`.
+
 Prints one JSON summary. Exit code 0 when every promise held, 1 when one did not, 2 when nothing fits.
 """
 
@@ -16,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scripts.chaos import owner
 from scripts.chaos.cases import Case, choose
 from scripts.chaos.judge import judge, look
 from scripts.chaos.supervisor import Chaos, Server, free_port, settings_for, stack, temporal_at
@@ -23,7 +26,10 @@ from scripts.chaos.supervisor import Chaos, Server, free_port, settings_for, sta
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the chosen cases."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["owner"]:
+        return owner.main(given[1:])
+    options = _parser().parse_args(given)
     cases = choose(options.boundaries, options.runs, options.seed)
     if not cases:
         sys.stderr.write(f"boundaries: {' '.join(options.boundaries)} fits nothing; see --list\n")

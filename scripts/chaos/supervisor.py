@@ -149,6 +149,10 @@ class Workers:
         if self._process.stdin is not None and not self._process.stdin.is_closing():
             self._process.stdin.write(f"start {name}\n".encode())
 
+    def of_role(self, name: Role) -> list[int]:
+        """The processes that are a role now."""
+        return sorted(pid for pid, known in self._roles.items() if known is name)
+
     def stand_in(self, pid: int) -> None:
         """Start another of the same role for one that is stopped, which is then one too many."""
         if pid not in self._spare and pid in self._roles:
