@@ -25,6 +25,7 @@ PLACES = {
     "delegate": "answer",
     "cancel": "cancel",
     "agents": "agents",
+    "autonomy": "autonomy",
     "people": "directory",
     "tenants": "directory",
     "tiers": "tiers",
