@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field
 
+from models.errors import PolicyDenied
 from models.loop import Amount, Cost, Frozen, Name, Ref
 
 Param = str | int
@@ -240,6 +241,16 @@ class Call(Frozen):
     region: str | None = None
     pin: Name | None = None
     """The tier that answered earlier in the same tool loop; models are not switched within one."""
+
+    def within(self, region: str) -> Call:
+        """The same call, bound to the region of its request.
+
+        Raises:
+            PolicyDenied: it is bound to another one already.
+        """
+        if self.region not in (None, region):
+            raise PolicyDenied(f"{self.task}: bound to region {self.region}, and its request to {region}")
+        return self.model_copy(update={"region": region})
 
 
 class Grant(Frozen):

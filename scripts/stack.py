@@ -225,6 +225,8 @@ def migrate_database(settings: Settings) -> None:
     from activities.services.migrations import migrate
 
     migrate(settings.database_url)
+    if settings.region_url is not None:
+        migrate(settings.region_url)
 
 
 async def healthy(url: str, client: httpx.AsyncClient) -> bool:

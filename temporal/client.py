@@ -22,7 +22,7 @@ from models.errors import InvalidInput
 from models.gate import Judged, Kind
 from models.loop import Outcome, Request, body_digest, workflow_id
 from models.settings import TemporalSettings
-from models.visibility import MEMO_BODY, Attribute, Queue, State
+from models.visibility import MEMO_BODY, Attribute, Queue, State, queue_of
 from temporal.plugin import CountersignPlugin
 
 
@@ -52,15 +52,22 @@ async def submit(client: Client, request: Request, settings: TemporalSettings, t
     has ended is answered from the ledger, whether or not Temporal still has the history.
 
     Raises:
-        InvalidInput: an open run has this key for another body.
+        InvalidInput: an open run has this key for another body; or the text itself was given of a request
+            that is bound to a region.
     """
+    if request.region is not None and isinstance(request.body, str):
+        given = f"text of {len(request.body)} characters"
+        remedy = f"store it in region {request.region} first and send its reference"
+        raise InvalidInput.field("body", given, remedy)
+    # A title is a piece of the text, and who starts the run may stand at the centre.
+    title = title if request.region is None else ""
     run_id = workflow_id(request.tenant, request.agent, request.key)
     try:
         handle = await client.start_workflow(
             request.agent,
             request,
             id=run_id,
-            task_queue=Queue.DECIDE,
+            task_queue=queue_of(Queue.DECIDE, request.region),
             result_type=Outcome,
             id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
             id_conflict_policy=WorkflowIDConflictPolicy.FAIL,

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from temporalio.client import Client
 
-from activities.services.content import ContentStore, guard
+from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate
-from activities.services.vault import load_keys
+from activities.services.residence import stores
 from models.gate import Judged, Kind
 from models.ledger import Event
 from models.loop import GateRule, Request
@@ -139,10 +139,11 @@ async def stack_of(
 ) -> AsyncGenerator[Stack]:
     """All roles in this process, on one database."""
     migrate(settings.database_url)
-    client = await connect(settings.temporal, codec_of(settings.encryption, settings.data))
-    database = guard(Database(settings.database_url), load_keys(settings.encryption, settings.data))
+    if settings.region_url is not None:
+        migrate(settings.region_url)
+    client = await connect(settings.temporal, codec_of(settings.sealing, settings.data))
     async with AsyncExitStack() as stack:
-        stack.callback(database.close)
+        database = stack.enter_context(stores(settings))
         for name in roles:
             await stack.enter_async_context(role(client, settings, name, parts))
         yield Stack(client, settings, database)

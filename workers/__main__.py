@@ -26,7 +26,7 @@ async def run(settings: Settings, name: Role, parts: Parts | None = None) -> Non
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    client = await connect(settings.temporal, codec_of(settings.encryption, settings.data))
+    client = await connect(settings.temporal, codec_of(settings.sealing, settings.data))
     async with role(client, settings, name, parts):
         ready = settings.data / "run" / f"{name}.ready"
         ready.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     try:
         guard()
         settings = config.load()
-        logs.start(discreet=settings.encryption.enabled)
+        logs.start(discreet=settings.sealing.enabled)
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(run(settings, Role(arguments[0])))
     except (CountersignError, KeyMissing) as error:

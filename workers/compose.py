@@ -38,7 +38,7 @@ from activities.services.breaker import Breakers
 from activities.services.cache import Cache
 from activities.services.checkpoints import Checkpoints, keep_signing, load_key
 from activities.services.claims import Claims
-from activities.services.content import ContentStore, guard
+from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.identities import Identities
 from activities.services.indexing import keep_indexed, keep_swept
@@ -48,12 +48,13 @@ from activities.services.ledger_store import LedgerStore
 from activities.services.memory_store import MemoryStore, Vectors
 from activities.services.notices import Noticing, channels
 from activities.services.probe import Probes, keep_probed
+from activities.services.regions import home_behind
 from activities.services.requests import Requests
+from activities.services.residence import stores
 from activities.services.router import Answerer
 from activities.services.routes import Measurements, Routes
 from activities.services.site_server import SiteServer
 from activities.services.till import Till
-from activities.services.vault import load_keys
 from activities.services.vectors import ExactVectors
 from activities.services.witnesses import witnesses
 from activities.tiers.base import Embedder, Endpoint
@@ -63,8 +64,9 @@ from activities.tiers.wire import http_client
 from models.canonical import sha256
 from models.inference import Task
 from models.people import People
+from models.regions import misplaced, served
 from models.settings import Settings, TierSettings
-from models.visibility import Queue, Role, infer_queue
+from models.visibility import Queue, Role, queue_of
 from workers import registry
 from workflows.beliefs import BeliefOwner
 from workflows.unknown import Unknown
@@ -110,9 +112,7 @@ async def role(
     """Run one role for as long as the block lasts."""
     async with AsyncExitStack() as stack:
         parts = parts or Parts()
-        keys = load_keys(settings.encryption, settings.data)
-        database = guard(parts.database(settings.database_url), keys)
-        stack.callback(database.close)
+        database = stack.enter_context(stores(settings, parts.database))
         composer = _Composer(client, settings, database, parts, stack)
         for worker in await composer.compose(name):
             await stack.enter_async_context(worker)
@@ -148,7 +148,8 @@ class _Composer:
     async def _decide(self) -> Worker:
         settings, database = self._settings, self._database
         known = People(people=settings.people)
-        requests = Requests(database, settings.policy, settings.pace, utc_now, known)
+        wrong = functools.partial(misplaced, settings)
+        requests = Requests(database, settings.policy, settings.pace, utc_now, known, wrong)
         approvals = Approvals(Identities(known, utc_now))
         ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
@@ -174,7 +175,7 @@ class _Composer:
         ]
         agents = [*registry.agents(), *self._parts.agents, BeliefOwner, Unknown]
         return self._worker(
-            Queue.DECIDE,
+            queue_of(Queue.DECIDE, settings.region),
             activities,
             workflows=agents,
             sticky_queue_schedule_to_start_timeout=settings.temporal.sticky_timeout,
@@ -211,7 +212,8 @@ class _Composer:
 
     async def _infer(self) -> list[Worker]:
         settings = self._settings
-        endpoints = {tier.name: await self._endpoint(tier) for tier in settings.tiers}
+        lines = served(settings)
+        endpoints = {tier.name: await self._endpoint(tier) for tier in dict.fromkeys(t for t, _ in lines)}
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
         answerer = Answerer(
             settings.tiers,
@@ -226,12 +228,12 @@ class _Composer:
         answer = Inference(answerer).answer
         return [
             self._worker(
-                infer_queue(tier.name, tier.region),
+                queue,
                 [answer],
                 # Work waits in Temporal, where it has a place in line, and not before a busy model server.
                 max_concurrent_activities=tier.concurrency,
             )
-            for tier in settings.tiers
+            for tier, queue in lines
         ]
 
     async def _endpoint(self, tier: TierSettings) -> Endpoint:
@@ -247,22 +249,25 @@ class _Composer:
             client = await self._stack.enter_async_context(http_client(settings))
             embedder = embedding_adapter(settings, client)
         dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
-        leases = Leases(self._database, f"remember-{uuid.uuid4()}", utc_now)
-        vectors = await self._vectors(leases, dimensions)
-        store = MemoryStore(self._database, self._content, embedder, vectors)
+        # What a region remembers is in its own database, and a recall there sees nothing else.
+        home = home_behind(self._database)
+        database = self._database if home is None else home.database
+        leases = Leases(database, f"remember-{uuid.uuid4()}", utc_now)
+        vectors = await self._vectors(database, leases, dimensions)
+        store = MemoryStore(database, ContentStore(database), embedder, vectors)
         await self._background(keep_swept, store, leases)
         if embedder is not None:
             await self._background(keep_indexed, store)
-        return self._worker(Queue.REMEMBER, [Memory(store).recall])
+        return self._worker(queue_of(Queue.REMEMBER, self._settings.region), [Memory(store).recall])
 
-    async def _vectors(self, leases: Leases, dimensions: int) -> Vectors:
+    async def _vectors(self, database: Database, leases: Leases, dimensions: int) -> Vectors:
         if self._settings.weaviate is None:
-            return ExactVectors(self._database, dimensions)
+            return ExactVectors(database, dimensions)
         # Loaded only where it is used: its client takes a second and tens of megabytes.
         from activities.services.weaviate_store import WeaviateVectors, connected
 
         client = await self._stack.enter_async_context(connected(self._settings.weaviate))
-        return WeaviateVectors(self._database, client, leases, dimensions)
+        return WeaviateVectors(database, client, leases, dimensions)
 
     async def _act(self) -> Worker:
         settings = self._settings
@@ -274,7 +279,7 @@ class _Composer:
         actions = Actions(actor)
         notices = Notices(await self._noticing())
         return self._worker(
-            Queue.ACT,
+            queue_of(Queue.ACT, settings.region),
             [actions.plan, actions.apply, actions.verify, actions.settle, actions.undo, notices.notify],
         )
 
@@ -295,7 +300,9 @@ class _Composer:
         return self._parts.connectors({connector.name: connector for connector in connectors})
 
     async def _desk(self) -> None:
-        await self._background(keep_signing, self._checkpoints(), self._settings.ledger.checkpoint_seconds)
+        if self._settings.region is None:
+            every = self._settings.ledger.checkpoint_seconds
+            await self._background(keep_signing, self._checkpoints(), every)
         for site in self._settings.sites:
             if site.serve:
                 server = SiteServer(self._settings.data / site.build, httpx.URL(site.address).port or 80)

@@ -136,7 +136,7 @@ class Loop(Messages):
 
     async def recall(self, recall: Recall) -> Recalled:
         """Search memory by meaning."""
-        return await policies.search(recall, self.journal.admitted.pace)
+        return await policies.search(recall, self.journal.admitted.pace, self.request.region)
 
     async def local(self, activity: Any, order: Any) -> Any:
         """Run a short pure step of the agent's own as a local activity."""
@@ -149,6 +149,8 @@ class Loop(Messages):
             OutputInvalid: the permitted tiers answered, and none of them to any use.
             AllTiersFailed: they stayed away for as long as the agent may think.
         """
+        if self.request.region is not None:
+            call = call.within(self.request.region)
         since, pause = workflow.now(), policies.FIRST_PAUSE
         while isinstance(answered := await self._one_round(call), tuple):
             if all(kind == OutputInvalid.__name__ for kind in answered):
@@ -258,7 +260,7 @@ class Loop(Messages):
         kept = journal.progress.skips
         numbers = policies.numbers(len(proposal.actions), kept)
         order = PlanOrder(tenant=self.request.tenant, proposal=proposal, numbers=numbers)
-        planned = await policies.dry_run(order, journal.admitted.pace)
+        planned = await policies.dry_run(order, journal.admitted.pace, self.request.region)
         async with journal.writing():
             if stage == self._stage():
                 await journal.present(self._presentation(proposal, planned.plans, kept))

@@ -55,7 +55,8 @@ class Crier:
         )
         body: dict[str, Any] = {"digest": self._digest, "channel": channel, "round": number}
         try:
-            told = await policies.notice(order, self._journal.admitted.pace)
+            region = self._journal.request.region
+            told = await policies.notice(order, self._journal.admitted.pace, region)
         except ActivityError as error:
             if is_cancelled_exception(error):
                 return

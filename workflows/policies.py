@@ -17,7 +17,7 @@ from models.inference import Answered, Ask
 from models.memory import Recall, Recalled
 from models.notices import NoticeOrder, Told
 from models.orders import Effect, EffectOrder, Pace, Planned, PlanOrder
-from models.visibility import Queue
+from models.visibility import Queue, queue_of
 
 T = TypeVar("T")
 
@@ -44,12 +44,12 @@ async def book(activity: Any, order: Any, summary: str | None = None) -> Any:
     )
 
 
-async def dry_run(order: PlanOrder, pace: Pace) -> Planned:
+async def dry_run(order: PlanOrder, pace: Pace, region: str | None) -> Planned:
     """Ask connectors what would happen."""
     return await workflow.execute_activity_method(
         Actions.plan,
         order,
-        task_queue=Queue.ACT,
+        task_queue=queue_of(Queue.ACT, region),
         schedule_to_close_timeout=pace.effect,
         start_to_close_timeout=pace.read,
         heartbeat_timeout=pace.heartbeat,
@@ -58,12 +58,12 @@ async def dry_run(order: PlanOrder, pace: Pace) -> Planned:
     )
 
 
-async def notice(order: NoticeOrder, pace: Pace) -> Told:
+async def notice(order: NoticeOrder, pace: Pace, region: str | None) -> Told:
     """Tell people on one channel, for as long as an effect may take."""
     return await workflow.execute_activity_method(
         Notices.notify,
         order,
-        task_queue=Queue.ACT,
+        task_queue=queue_of(Queue.ACT, region),
         schedule_to_close_timeout=pace.effect,
         start_to_close_timeout=pace.read,
         retry_policy=SOON,
@@ -71,12 +71,12 @@ async def notice(order: NoticeOrder, pace: Pace) -> Told:
     )
 
 
-async def effect(step: Any, order: EffectOrder, pace: Pace) -> Effect:
+async def effect(step: Any, order: EffectOrder, pace: Pace, region: str | None) -> Effect:
     """Apply, settle or undo. The attempt's own deadline lies within the start-to-close timeout."""
     return await workflow.execute_activity_method(
         step,
         order,
-        task_queue=Queue.ACT,
+        task_queue=queue_of(Queue.ACT, region),
         schedule_to_close_timeout=pace.effect,
         start_to_close_timeout=pace.attempt + timedelta(seconds=30),
         heartbeat_timeout=pace.heartbeat,
@@ -85,12 +85,12 @@ async def effect(step: Any, order: EffectOrder, pace: Pace) -> Effect:
     )
 
 
-async def look(order: EffectOrder, pace: Pace) -> Effect:
+async def look(order: EffectOrder, pace: Pace, region: str | None) -> Effect:
     """See an effect as a reader would, for as long as `pace.verify`."""
     return await workflow.execute_activity_method(
         Actions.verify,
         order,
-        task_queue=Queue.ACT,
+        task_queue=queue_of(Queue.ACT, region),
         schedule_to_close_timeout=pace.verify,
         start_to_close_timeout=pace.read,
         heartbeat_timeout=pace.heartbeat,
@@ -99,12 +99,12 @@ async def look(order: EffectOrder, pace: Pace) -> Effect:
     )
 
 
-async def search(recall: Recall, pace: Pace) -> Recalled:
+async def search(recall: Recall, pace: Pace, region: str | None) -> Recalled:
     """Search memory."""
     return await workflow.execute_activity_method(
         Memory.recall,
         recall,
-        task_queue=Queue.REMEMBER,
+        task_queue=queue_of(Queue.REMEMBER, region),
         schedule_to_close_timeout=pace.effect,
         start_to_close_timeout=pace.read,
         heartbeat_timeout=pace.heartbeat,

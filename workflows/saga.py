@@ -38,6 +38,7 @@ class Saga:
         self._intent = intent
         self._digest = digest
         self._pace = journal.admitted.pace
+        self._region = journal.request.region
         self._done: list[Receipt] = []
         self._cancelled = False
 
@@ -69,7 +70,7 @@ class Saga:
     async def _apply(self, action: int) -> Effect:
         order = self._order(action)
         try:
-            effect = await policies.effect(Actions.apply, order, self._pace)
+            effect = await policies.effect(Actions.apply, order, self._pace, self._region)
         except ActivityError as error:
             return await self._settled(order, error)
         if effect.receipt is None or effect.receipt.verified:
@@ -80,14 +81,14 @@ class Saga:
         """The attempts are over; say what is true, not what is likely."""
         reason = policies.error_text(error)
         try:
-            effect = await policies.effect(Actions.settle, order, self._pace)
+            effect = await policies.effect(Actions.settle, order, self._pace, self._region)
         except ActivityError as unclear:
             return Effect(what=Effected.IN_DOUBT, reason=f"{reason}; {policies.error_text(unclear)}"[:300])
         return effect if effect.what is Effected.APPLIED else effect.model_copy(update={"reason": reason})
 
     async def _seen(self, order: EffectOrder, effect: Effect) -> Effect:
         try:
-            return await policies.look(order, self._pace)
+            return await policies.look(order, self._pace, self._region)
         except ActivityError:
             return effect
 
@@ -130,7 +131,8 @@ class Saga:
         progress = self._journal.progress
         for action in progress.undoing:
             try:
-                effect = await policies.effect(Actions.settle, self._order(action), self._pace)
+                order = self._order(action)
+                effect = await policies.effect(Actions.settle, order, self._pace, self._region)
             except ActivityError as error:
                 return Carried(Status.COMPENSATION_FAILED, policies.error_text(error), self._done)
             if effect.receipt is not None:
@@ -141,7 +143,8 @@ class Saga:
         left = list(self._done)
         for receipt in reversed(self._done):
             try:
-                effect = await policies.effect(Actions.undo, self._order(receipt.action), self._pace)
+                order = self._order(receipt.action)
+                effect = await policies.effect(Actions.undo, order, self._pace, self._region)
             except ActivityError as error:
                 text = (
                     f"{reason}; action {receipt.action + 1} could not be undone: {policies.error_text(error)}"

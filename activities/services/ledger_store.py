@@ -19,6 +19,8 @@ from activities.services.content import JSON, put_blob
 from activities.services.database import Database, Shared, insert_for, to_micros
 from activities.services.envelopes import Written, write
 from activities.services.merkle import extend, leaf_hash, pack, unpack
+from activities.services.regions import home_of
+from activities.services.residence import withheld_in
 from activities.services.statements import Insertion, Statement
 from models.errors import LedgerBroken
 from models.ledger import Append, Appended, Draft, Entry, Event
@@ -127,7 +129,8 @@ def add_in(connection: Connection, tenant: str, draft: Draft, now: datetime) -> 
     if _KNOWN.rows(connection, {"log": tenant, "event": draft.event_id}):
         return
     last = _last_version(connection, tenant, draft.stream)
-    _insert(connection, head, [(write(tenant, draft), last + 1)], now)
+    [told] = withheld_in(connection, tenant, (draft,))
+    _insert(connection, head, [(write(tenant, told), last + 1)], now)
 
 
 def entries_in(connection: Connection, tenant: str, stream: str, after: int = 0) -> tuple[Entry, ...]:
@@ -141,8 +144,15 @@ def _prepare(wish: Append) -> _Prepared:
     return _Prepared(wish, None if texts else [write(wish.tenant, draft) for draft in wish.drafts])
 
 
+def _withheld(connection: Connection, wish: Append) -> _Prepared:
+    drafts = withheld_in(connection, wish.tenant, wish.drafts)
+    return _prepare(wish.model_copy(update={"drafts": drafts}))
+
+
 def _append_all(connection: Connection, wishes: Sequence[_Prepared], now: datetime) -> list[Appended]:
     """Append each wish, in as few statements as there are tables."""
+    if home_of(connection) is not None:
+        wishes = [_withheld(connection, one.wish) for one in wishes]
     answers = dict[int, Appended]()
     # Everybody takes the heads of several logs in one order, so that nobody waits for each other.
     for tenant in sorted({one.wish.tenant for one in wishes}):

@@ -25,6 +25,7 @@ from pydantic import SecretStr
 
 from activities.services.content import get_blob
 from activities.services.database import Database
+from activities.services.regions import home_behind
 from models.card import visible
 from models.channels import ChannelSettings, EmailSettings, WebhookSettings
 from models.errors import ConnectorRejected, CredentialsRejected, RateLimited, Unavailable, UnknownName
@@ -99,6 +100,10 @@ class Noticing:
     async def _notice(self, order: NoticeOrder) -> Notice:
         data = await self._database.read(lambda link: get_blob(link, order.tenant, order.digest))
         intent = Intent.model_validate_json(data)
+        if (home := home_behind(self._database)) is not None:
+            # Mail servers and screens are anywhere; who may read it, reads it in the region.
+            title, card = f"bound to region {home.region}", _limited(order, home.region)
+            return Notice(order, title, card, intent.card_digest, intent.expires_at)
         card = await self._database.read(lambda link: get_blob(link, order.tenant, intent.card_digest))
         return Notice(order, intent.proposal.title, card.decode(), intent.card_digest, intent.expires_at)
 
@@ -243,6 +248,14 @@ def told(notice: Notice) -> bytes:
         },
         sort_keys=True,
     ).encode()
+
+
+def _limited(order: NoticeOrder, region: str) -> str:
+    """What may be said outside of a region: that something waits, and where all of it is to be read."""
+    return (
+        f"An intent of a request that is bound to region {region} waits.\n"
+        f"To read it, in that region: countersign show {visible(order.workflow_id)}\n"
+    )
 
 
 def signature(key: SecretStr, stamp: str, body: bytes) -> str:

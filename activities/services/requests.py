@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,9 +13,11 @@ from activities.services.content import get_blob, put_blob
 from activities.services.database import Database, to_micros
 from activities.services.ledger_store import append_in, entries_in
 from activities.services.memory_store import keep
+from activities.services.regions import home_of
+from activities.services.residence import withheld
 from models.ledger import Append, Appended, Draft, Entry, EventType, event_id
-from models.loop import Intent, Outcome, Proposal, Ref, Request
-from models.memory import Cause
+from models.loop import Intent, Outcome, Proposal, Ref, Request, body_digest
+from models.memory import Cause, Memo
 from models.orders import Admission, Admitted, Conclusion, Pace
 from models.people import People, unfit
 from models.policy import Policy, policy_digest
@@ -45,8 +48,13 @@ class Requests:
         pace: Pace,
         clock: Callable[[], datetime],
         people: People | None = None,
+        misplaced: Callable[[Request], str | None] = lambda request: None,
     ) -> None:
-        """Policy, pace and whether people are configured are handed to each run when it starts."""
+        """Policy, pace and whether people are configured are handed to each run when it starts.
+
+        `misplaced` says why a request is not for the process it came to, before anything of it is kept.
+        """
+        self._misplaced = misplaced
         self._people = people or People()
         self._database = database
         self._policy = policy
@@ -60,6 +68,9 @@ class Requests:
             PolicyDenied: the agent has no policy.
         """
         policy = self._policy.of(admission.request.agent)
+        if (wrong := self._misplaced(admission.request)) is not None:
+            body = _name_of(admission.request)
+            return Admitted(body=body, policy=policy, policy_digest=policy_digest(policy), refusal=wrong)
         why = unfit(self._people, policy.start_roles, admission.request.requester)
         start = await self._database.write(lambda link: _admit(link, admission, self._clock(), why))
         return Admitted(
@@ -122,6 +133,12 @@ def _body(connection: Connection, request: Request) -> Ref:
     return request.body
 
 
+def _name_of(request: Request) -> Ref:
+    if isinstance(request.body, Ref):
+        return request.body
+    return Ref(digest=body_digest(request), size=len(request.body.encode()))
+
+
 def _claim(connection: Connection, admission: Admission, body: Ref, now: datetime) -> None:
     request = admission.request
     connection.execute(
@@ -155,16 +172,25 @@ def _last_proposal(connection: Connection, tenant: str, entries: tuple[Entry, ..
 def _conclude(connection: Connection, conclusion: Conclusion, now: datetime) -> Appended:
     appended = append_in(connection, conclusion.append, now)
     if appended.won:
-        request = conclusion.request
+        request, told = conclusion.request, conclusion.outcome.model_dump(mode="json")
         connection.execute(
             update(CLAIM)
             .where(_is(request.tenant, request.agent, request.key))
-            .values(outcome=conclusion.outcome.model_dump_json())
+            .values(outcome=json.dumps(withheld(connection, request.tenant, told)))
         )
         cause = Cause(event=conclusion.append.drafts[-1].event_id, run=conclusion.append.stream)
         for memo in conclusion.memos:
-            keep(connection, memo, now, cause)
+            _remember(connection, memo, now, cause)
     return appended
+
+
+def _remember(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> None:
+    """Keep a record; a region's are kept in its own database, where its own recalls look."""
+    home = home_of(connection)
+    if home is None:
+        keep(connection, memo, now, cause)
+    else:
+        home.write(lambda link: keep(link, memo, now, cause))
 
 
 def _request_event(admission: Admission, body: Ref) -> Draft:

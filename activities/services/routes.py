@@ -17,7 +17,7 @@ from sqlalchemy import Connection, bindparam, select
 from activities.services.breaker import Breakers, Sign
 from activities.services.budget import BEGUN, Hold, expire_in, opened_in, pay_in, reserve_in
 from activities.services.cache import Cache, Scope, key_of
-from activities.services.content import JSON, ContentStore, get_blob, put_blob
+from activities.services.content import JSON, ContentStore, get_blob, put_here
 from activities.services.database import Database
 from activities.services.ledger_store import EVENT, LedgerStore, add_in
 from models.budget import Account, Budget, accounts_of
@@ -271,7 +271,8 @@ class Routes:
         if record.reservation is not None:
             reserve_in(link, _hold(asked, decision, record.reservation), asked.now)
         if order.tenant not in self._kept:
-            put_blob(link, order.tenant, self._policy, JSON)
+            # It speaks of no request, and is what a route is explained by, wherever that was chosen.
+            put_here(link, order.tenant, self._policy, JSON)
         body = record.model_dump(mode="json", exclude_defaults=True)
         body |= {"route": record.route.model_dump(mode="json"), "needs": record.needs.model_dump(mode="json")}
         draft = _draft(order.workflow_id, order.event_id, EventType.ROUTE, order.agent)
@@ -303,14 +304,10 @@ class Routes:
         measured = record.snapshot.of(record.route.tiers[0]).measured
         return Routed(
             route=record.route,
-            queues=tuple(infer_queue(name, self._region(name)) for name in record.route.tiers),
+            queues=tuple(infer_queue(name, record.needs.region) for name in record.route.tiers),
             estimated=estimate(record.needs, first, measured) if first is not None else Cost(),
             grant=Grant(reservation=record.reservation, deadline=record.deadline, priority=wanted.priority),
         )
-
-    def _region(self, tier: str) -> str | None:
-        settings = self._tiers.get(tier)
-        return settings.region if settings is not None else None
 
     def _task(self, name: str) -> Task:
         try:

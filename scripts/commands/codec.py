@@ -19,10 +19,10 @@ def codec() -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    opener = codec_of(settings.encryption, settings.data)
+    opener = codec_of(settings.sealing, settings.data)
     if opener is None:
         raise InvalidInput.field("encryption.enabled", False, "set it to true; nothing is sealed without")
-    wanted = settings.encryption.server
+    wanted = settings.sealing.server
     server = CodecServer(opener, wanted, origins_of(wanted, settings.temporal.ui_port))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

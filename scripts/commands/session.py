@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,11 +16,11 @@ import typer
 from rich.console import Console
 from sqlalchemy import make_url
 
-from activities.services.content import ContentStore, guard
+from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.requests import Requests
-from activities.services.vault import load_keys
+from activities.services.residence import stores
 from models.errors import Unavailable
 from models.ledger import Event
 from models.settings import Settings
@@ -83,12 +83,11 @@ async def opened(settings: Settings) -> AsyncGenerator[Session]:
         raise Unavailable(
             f"database: {url.database} is not there yet; start `countersign up`, or set COUNTERSIGN_DATA"
         )
-    keys = load_keys(settings.encryption, settings.data)
-    database = guard(Database(settings.database_url), keys)
+    held = ExitStack()
     try:
-        yield Session(settings, database)
+        yield Session(settings, held.enter_context(stores(settings)))
     finally:
-        await asyncio.to_thread(database.close)
+        await asyncio.to_thread(held.close)
 
 
 async def reach(settings: Settings) -> Client:
@@ -100,7 +99,7 @@ async def reach(settings: Settings) -> Client:
     from temporal.client import connect
     from temporal.converter import codec_of
 
-    codec = codec_of(settings.encryption, settings.data)
+    codec = codec_of(settings.sealing, settings.data)
     try:
         return await asyncio.wait_for(connect(settings.temporal, codec), CONNECT_SECONDS)
     except (RuntimeError, TimeoutError):

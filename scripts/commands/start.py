@@ -129,7 +129,14 @@ def request_of(
     ref = Ref(digest=sha256(data), size=len(data), media_type=MEDIA.get(agent, "application/octet-stream"))
     key = sha256(agent.encode() + b"\n" + data)[:20] if key is None else key
     try:
-        return Request(tenant=settings.tenant, agent=agent, key=key, body=ref, requester=requester)
+        return Request(
+            tenant=settings.tenant,
+            agent=agent,
+            region=settings.region,
+            key=key,
+            body=ref,
+            requester=requester,
+        )
     except ValidationError:
         raise InvalidInput.field("--key", key, "write 1 to 200 characters") from None
 

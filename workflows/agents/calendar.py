@@ -31,7 +31,7 @@ from models.loop import (
 )
 from models.memory import Hit, Memo, Recall
 from models.orders import Reading
-from models.visibility import MEMO_BODY, Queue, State
+from models.visibility import MEMO_BODY, Queue, State, queue_of
 from workflows.loop import AGENT, STATE, TENANT, Loop
 from workflows.saga import Carried, to_the_end
 
@@ -107,9 +107,13 @@ class ContentCalendar(Loop):
 
     async def _start(self, number: int, action: Action) -> Receipt:
         """Start one article, or find that it was; its run outlives this one."""
-        tenant, key = self.request.tenant, idea_key(action.title)
+        tenant, region, key = self.request.tenant, self.request.region, idea_key(action.title)
+        if region is not None:
+            # A key stands in the ledger for everybody to read, and this one is made of the title.
+            key = derived_id("calendar", tenant, key)
         who = self.request.requester
-        request = Request(tenant=tenant, agent=CONTENT, key=key, body=action.arguments, requester=who)
+        body = action.arguments
+        request = Request(tenant=tenant, agent=CONTENT, region=region, key=key, body=body, requester=who)
         run = workflow_id(tenant, CONTENT, key)
         detail = "started"
         try:
@@ -117,7 +121,7 @@ class ContentCalendar(Loop):
                 CONTENT,
                 request,
                 id=run,
-                task_queue=Queue.DECIDE,
+                task_queue=queue_of(Queue.DECIDE, region),
                 task_timeout=workflow.info().task_timeout,
                 parent_close_policy=ParentClosePolicy.ABANDON,
                 cancellation_type=ChildWorkflowCancellationType.ABANDON,
