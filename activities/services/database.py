@@ -9,8 +9,6 @@ as failed, and one in which a job fails is run again.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import queue
 import threading
 import time
@@ -29,14 +27,14 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 
+from activities.services.turns import Turns
+
 Item = TypeVar("Item")
 T = TypeVar("T")
 BATCH = 128
 LINGER_SECONDS = 0.0005
 CROWD_SECONDS = 0.002
 BUSY_MILLISECONDS = 30_000
-COURTESY_SECONDS = 1.0
-NAP_SECONDS = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,7 @@ class Database:
     def __init__(self, url: str) -> None:
         """Open nothing yet; the first use connects."""
         self.engine = _engine(url)
-        self._turns = _Turns(self.engine.url.database if self.engine.dialect.name == "sqlite" else None)
+        self._turns = Turns(_turns_of(self.engine))
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -234,43 +232,11 @@ def _settle(done: list[_Done]) -> None:
             one.job.future.set_exception(one.failure)
 
 
-class _Turns:
-    """Processes that write to one SQLite file take turns by a lock of their own.
-
-    SQLite only tries again after longer and longer naps, so that a busy process starves the others. It stays
-    correct without: the lock is a courtesy, and whoever holds it for long, perhaps stopped, is passed over.
-    """
-
-    def __init__(self, database: str | None) -> None:
-        self._path = f"{database}-turns" if database and database != ":memory:" else None
-        self._file: int | None = None
-        self._held = False
-
-    def __enter__(self) -> None:
-        if self._path is None:
-            return
-        if self._file is None:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        patience = time.monotonic() + COURTESY_SECONDS
-        while not self._take(self._file) and time.monotonic() < patience:
-            time.sleep(NAP_SECONDS)
-
-    def __exit__(self, *_: object) -> None:
-        if self._held and self._file is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-            self._held = False
-
-    def _take(self, file: int) -> bool:
-        with suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._held = True
-        return self._held
-
-    def close(self) -> None:
-        """Give the file back."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+def _turns_of(engine: Engine) -> str | None:
+    """Where processes meet that share a file."""
+    file = engine.url.database
+    shared = engine.dialect.name == "sqlite" and file and file != ":memory:"
+    return f"{file}-turns" if shared else None
 
 
 def insert_for(dialect: str) -> Callable[[Table], Insert]:
