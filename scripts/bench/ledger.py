@@ -1,26 +1,28 @@
-"""What durable appends cost: `python -m scripts.bench ledger [--database URL] [--kills 100]`.
+"""What durable appends cost: `python -m scripts.bench ledger [--postgres] [--kills 100] [--rounds 0]`.
 
-Everything runs beside a floor: a bare driver that commits each event by itself, with the same bytes, the same
-tree nodes and the same pragmas. Rounds of both alternate, so that a busy machine slows both. Prints one JSON
-object.
+Everything runs beside a floor, a bare driver that commits each event by itself, with the same bytes, the same
+tree nodes and the same pragmas, and on SQLite beside the `eventsourcing` library. Rounds alternate, so that a
+busy machine slows all of them; ratios are of rounds side by side. Afterwards a writer is killed again and
+again, which is all there is with `--rounds 0`. Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import multiprocessing
 import os
 import random
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,14 +30,18 @@ from typing import Any
 
 from sqlalchemy import func, make_url, select
 
-from activities.services.database import Database
+from activities.services.database import Database, to_micros
+from activities.services.envelopes import envelope
 from activities.services.ledger_store import EVENT, HEAD, NODE, LedgerStore
 from activities.services.merkle import extend, leaf_hash, node_count, pack, root_of, unpack
 from activities.services.migrations import migrate
-from models.canonical import canonical
 from models.ledger import Append, Draft, EventType
 
 FORKS = multiprocessing.get_context("forkserver")
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+PEER = ROOT / "scripts" / "bench" / "peers" / "eventsourcing_store.py"
+POSTGRES = ROOT / "scripts" / "targets" / "postgres.sh"
 HEAD_SQL = "SELECT size, peaks FROM log_head WHERE log_id = ?"
 EVENT_SQL = (
     "INSERT INTO event (log_id, seq, event_id, stream, version, type, correlation_id, recorded_at, envelope, "
@@ -51,6 +57,8 @@ class Measured:
 
     seconds: float = 0
     took: list[float] = field(default_factory=list[float])
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Of a peer: its version and what its connections were set to."""
 
     @property
     def rate(self) -> float:
@@ -62,32 +70,52 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m scripts.bench ledger", description=__doc__)
     parser.add_argument("--database", help="also this one, a SQLAlchemy URL; its tables get new logs")
+    parser.add_argument("--postgres", action="store_true", help="also a PostgreSQL started for this")
     parser.add_argument("--seconds", type=float, default=3, help="of one round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--folder", help="where the SQLite file goes; the disk decides")
+    parser.add_argument("--folder", help="where the files go; the disk decides")
     options = parser.parse_args(argv)
     FORKS.set_forkserver_preload([__name__])
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        urls = {"sqlite": f"sqlite:///{Path(folder) / 'ledger.db'}"}
+    report: dict[str, Any] = {"eventsourcing": PEERS.exists() or "not measured, `make peers` installs it"}
+    with tempfile.TemporaryDirectory(dir=options.folder, ignore_cleanup_errors=True) as folder:
+        report["sqlite"] = measure(f"sqlite:///{Path(folder) / 'ledger.db'}", options)
         if options.database:
-            urls["given"] = options.database
-        report: dict[str, Any] = {name: measure(url, options) for name, url in urls.items()}
-    present = importlib.util.find_spec("eventsourcing") is not None
-    report["eventsourcing"] = "installed, not measured" if present else "not installed"
+            report["given"] = measure(options.database, options)
+        if options.postgres:
+            with postgres(Path(folder)) as url:
+                report["postgresql"] = measure(url, options)
     print(json.dumps(report, indent=2))
     return 0
+
+
+@contextmanager
+def postgres(folder: Path) -> Generator[str]:
+    """A PostgreSQL of its own, as it is installed, by its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # The server may run as another account, which reads nothing below a folder of ours.
+    folder.chmod(0o755)
+    place = str(folder / "postgres")
+    argv = [str(POSTGRES), "start", place, port]
+    started = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
+    try:
+        yield started.stdout.strip()
+    finally:
+        subprocess.run([str(POSTGRES), "stop", place], check=True)
 
 
 def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     """All sections on one database."""
     migrate(url)
-    return {
-        "fsync_ms": _fsync(url),
-        "one_process_64_tasks": _beside(url, options, processes=1, tasks=64),
-        "four_processes_16_tasks": _beside(url, options, processes=4, tasks=16),
-        "killed": killed(url, options.kills, random.Random(1)),
-    }
+    report: dict[str, Any] = {"fsync_ms": _fsync(url)}
+    if options.rounds:
+        report["one_process_64_tasks"] = _beside(url, options, processes=1, tasks=64)
+        report["four_processes_16_tasks"] = _beside(url, options, processes=4, tasks=16)
+    if options.kills:
+        report["killed"] = killed(url, options.kills, random.Random(1))
+    return report
 
 
 def _fsync(url: str) -> float | None:
@@ -107,20 +135,48 @@ def _fsync(url: str) -> float | None:
 
 
 def _beside(url: str, options: argparse.Namespace, processes: int, tasks: int) -> dict[str, Any]:
-    ours, floors = list[Measured](), list[Measured]()
-    for _ in range(options.rounds):
+    ours, floors, peers = list[Measured](), list[Measured](), list[Measured]()
+    for number in range(options.rounds):
         floors.append(_round(url, floor, processes, (options.seconds,)))
+        if PEERS.exists() and url.startswith("sqlite"):
+            file = f"{make_url(url).database}-peer-{processes}-{number}"
+            peers.append(_peer(file, options.seconds, processes, tasks))
         ours.append(_round(url, grouped, processes, (options.seconds, tasks)))
-    took = sorted(one for measured in ours for one in measured.took)
-    rate = statistics.median(measured.rate for measured in ours)
-    bare = statistics.median(measured.rate for measured in floors)
+    report = {"ours": _said(ours), "one_commit_per_event": _said(floors), "times": _times(ours, floors)}
+    if peers:
+        report |= {"eventsourcing": _said(peers), "times_eventsourcing": _times(ours, peers)}
+    return report
+
+
+def _said(rounds: Sequence[Measured]) -> dict[str, Any]:
+    took = sorted(one for measured in rounds for one in measured.took)
     return {
-        "appends_per_second": round(rate),
-        "one_commit_per_event": round(bare),
-        "times": round(rate / bare, 2),
+        "appends_per_second": round(statistics.median(measured.rate for measured in rounds)),
         "p50_ms": round(took[len(took) // 2] * 1000, 1),
         "p99_ms": round(took[len(took) * 99 // 100] * 1000, 1),
+        **rounds[0].settings,
     }
+
+
+def _times(ours: Sequence[Measured], theirs: Sequence[Measured]) -> dict[str, float]:
+    """How many times as fast, of rounds side by side."""
+    times = [one.rate / other.rate for one, other in zip(ours, theirs, strict=True)]
+    said = {"min": min(times), "median": statistics.median(times), "max": max(times)}
+    return {name: round(value, 2) for name, value in said.items()}
+
+
+def _peer(file: str, seconds: float, processes: int, threads: int) -> Measured:
+    """A round of the `eventsourcing` library: events as large as ours, as many at once."""
+    draft = _draft(_name())
+    size = len(envelope(_name(), draft, 1, 1, _now()))
+    numbers = [str(value) for value in (seconds, processes, threads, size)]
+    argv = [str(PEERS), "-B", str(PEER), file, *numbers]
+    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True)
+    said: dict[str, Any] = json.loads(done.stdout)
+    parts: list[tuple[float, list[float]]] = said.pop("parts")
+    whole = Measured(max(part[0] for part in parts), settings=said)
+    whole.took = [one for part in parts for one in part[1]]
+    return whole
 
 
 def _round(url: str, work: Callable[..., None], processes: int, arguments: tuple[Any, ...]) -> Measured:
@@ -175,11 +231,12 @@ def floor(url: str, log: str, ready: Any, results: Any, seconds: float) -> None:
     database = Database(url)
     raw = database.engine.raw_connection()
     measured, stream, version = Measured(), _name(), 0
+    append = _bare(raw, database.engine.dialect.name, log)
     ready.wait()
     start = time.perf_counter()
     while (began := time.perf_counter()) - start < seconds:
         version += 1
-        _append_bare(raw, database.engine.dialect.name, log, _draft(stream), version)
+        append(_draft(stream), version)
         measured.took.append(time.perf_counter() - began)
     measured.seconds = time.perf_counter() - start
     raw.close()
@@ -187,34 +244,33 @@ def floor(url: str, log: str, ready: Any, results: Any, seconds: float) -> None:
     results.put(measured)
 
 
-def _append_bare(raw: Any, dialect: str, log: str, draft: Draft, version: int) -> None:
-    sqlite, cursor, now = dialect == "sqlite", raw.cursor(), _now()
-
-    def run(sql: str, values: Sequence[Any] = ()) -> Any:
-        cursor.execute(sql if sqlite else sql.replace("?", "%s"), values)
-        return cursor
-
-    if sqlite:
-        run("BEGIN IMMEDIATE")
-        run("INSERT OR IGNORE INTO log_head (log_id, size, peaks) VALUES (?, 0, x'')", (log,))
-    else:
-        run("INSERT INTO log_head (log_id, size, peaks) VALUES (?, 0, '') ON CONFLICT DO NOTHING", (log,))
-    size, peaks = run(HEAD_SQL if sqlite else f"{HEAD_SQL} FOR UPDATE", (log,)).fetchone()
-    plain = draft.model_dump(mode="json") | {"log_id": log, "seq": size + 1, "version": version}
-    envelope = canonical(plain | {"recorded_at": now.isoformat()})
-    leaf = leaf_hash(envelope)
-    grown, nodes = extend(size, unpack(size, bytes(peaks)), [leaf])
-    run(
-        EVENT_SQL,
-        (
-            *(log, size + 1, draft.event_id, draft.stream, version, draft.type.value, draft.correlation_id),
-            *(int(now.timestamp() * 1_000_000), envelope, leaf.hex()),
-        ),
+def _bare(raw: Any, dialect: str, log: str) -> Callable[[Draft, int], None]:
+    """As few statements as an event, its tree nodes and the head can be written in."""
+    sqlite, cursor = dialect == "sqlite", raw.cursor()
+    event, node, grow, look = (
+        sql if sqlite else sql.replace("?", "%s") for sql in (EVENT_SQL, NODE_SQL, GROW_SQL, HEAD_SQL)
     )
-    for node in nodes:
-        run(NODE_SQL, (log, node.level, node.index, node.hash))
-    run(GROW_SQL, (size + 1, pack(grown), log))
+    look += "" if sqlite else " FOR UPDATE"
+    first = "INSERT INTO log_head (log_id, size, peaks) VALUES (?, 0, ?) ON CONFLICT DO NOTHING"
+    cursor.execute(first if sqlite else first.replace("?", "%s"), (log, b""))
     raw.commit()
+
+    def append(draft: Draft, version: int) -> None:
+        if sqlite:
+            cursor.execute("BEGIN IMMEDIATE")
+        size, peaks = cursor.execute(look, (log,)).fetchone()
+        now = _now()
+        data = envelope(log, draft, size + 1, version, now)
+        leaf = leaf_hash(data)
+        grown, nodes = extend(size, unpack(size, bytes(peaks)), [leaf])
+        known = (log, size + 1, draft.event_id, draft.stream, version, draft.type.value, draft.correlation_id)
+        cursor.execute(event, (*known, to_micros(now), data, leaf.hex()))
+        for one in nodes:
+            cursor.execute(node, (log, one.level, one.index, one.hash))
+        cursor.execute(grow, (size + 1, pack(grown), log))
+        raw.commit()
+
+    return append
 
 
 def killed(url: str, times: int, chance: random.Random) -> dict[str, Any]:
@@ -236,7 +292,8 @@ def killed(url: str, times: int, chance: random.Random) -> dict[str, Any]:
                 reader.recv()
                 told += 1
         reader.close()
-    return {"kills": times, "acknowledged": told, "kept": check(url, log, told), "gapless": True}
+    kept = check(url, log, told)
+    return {"kills": times, "acknowledged": told, "kept": kept, "gapless": True, "complete": True}
 
 
 def endless(url: str, log: str, told: Any) -> None:
@@ -282,9 +339,9 @@ def check(url: str, log: str, told: int) -> int:
 
 
 def _draft(stream: str) -> Draft:
-    key = os.urandom(32).hex()
+    key = f"{random.getrandbits(256):064x}"
     return Draft(
-        event_id=str(uuid.uuid4()),
+        event_id=f"{random.getrandbits(128):032x}",
         stream=stream,
         type=EventType.APPLY,
         actor_kind="worker",
