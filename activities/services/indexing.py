@@ -79,7 +79,8 @@ class Outbox:
         floor = max(self._floor, self._floors.get(tenant, 0))
         if newest <= floor:
             return False
-        mine = self._waiting(floor).where(MEMORY.c.tenant == tenant).limit(1)
+        # Wrapped, so that no database walks the tenant's whole index instead of what is beyond the floor.
+        mine = self._waiting(floor).where(func.coalesce(MEMORY.c.tenant, "") == tenant).limit(1)
         first = connection.execute(mine).first()
         self._floors[tenant] = first.position - 1 if first else newest
         return first is not None

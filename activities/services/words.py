@@ -32,10 +32,10 @@ from activities.services.vectors import MEMORY
 INDEXED_CHARACTERS = 8000
 MOST_WORDS = 32
 """So many words of a query are looked up, the longest of them."""
-MATCHES = 2000
+MATCHES = 1000
 """Ranking costs time per match: the rarest words that stand in so many records together decide, and words
 that stand in more tell little."""
-DEEP = 500
+DEEP = 200
 """So many of the best are looked at first."""
 WORDS = sql_table("memory_words", column("rowid"), column("position"), column("words"), column("rank"))
 MAKE = {
@@ -47,6 +47,12 @@ MAKE = {
         "CREATE TABLE IF NOT EXISTS memory_words (position BIGINT PRIMARY KEY, words TSVECTOR NOT NULL)",
         "CREATE INDEX IF NOT EXISTS memory_words_by_word ON memory_words USING gin (words)",
     ),
+}
+COUNT = {
+    "sqlite": "(SELECT count(*) FROM "
+    "(SELECT rowid FROM memory_words WHERE memory_words MATCH :word{} LIMIT :most))",
+    "postgresql": "(SELECT count(*) FROM (SELECT position FROM memory_words "
+    "WHERE words @@ phraseto_tsquery('simple', :word{}) LIMIT :most) AS bounded)",
 }
 for _dialect, _statements in MAKE.items():
     for _statement in _statements:
@@ -84,9 +90,9 @@ def find_words(
     telling = _telling(counts)
     if not telling:
         return _newest(connection, sorted(counts, key=lambda word: counts[word]), conditions, limit)
-    deep = max(DEEP, 10 * limit)
+    deep = max(DEEP, 4 * limit)
     found = connection.execute(_best(connection, telling, conditions, limit, deep)).scalars().all()
-    if len(found) < limit:
+    if len(found) < limit and sum(counts[word] for word in telling) > deep:
         # Whatever stands first may not count, or be another tenant's; then everything is looked at.
         found = connection.execute(_best(connection, telling, conditions, limit, None)).scalars().all()
     return list(found)
@@ -161,12 +167,10 @@ def _counts(connection: Connection, words: Sequence[str]) -> dict[str, int]:
     """In how many records each word stands, counted no further than matters; only words that are there."""
     if not words:
         return {}
-    bounded = (
-        select(_key(connection)).where(_match(connection, [word])).limit(MATCHES + 1).subquery()
-        for word in words
-    )
-    counted = select(*(select(func.count()).select_from(one).scalar_subquery() for one in bounded))
-    found = connection.execute(counted).one()
+    one = COUNT[connection.dialect.name]
+    each = ", ".join(one.format(number) for number in range(len(words)))
+    asked = {f"word{number}": f'"{word}"' for number, word in enumerate(words)}
+    found = connection.execute(text(f"SELECT {each}"), {**asked, "most": MATCHES + 1}).one()
     return {word: count for word, count in zip(words, found, strict=True) if count}
 
 
