@@ -166,8 +166,10 @@ async def process(settings: Settings) -> AsyncGenerator[subprocess.Popen[bytes]]
 
 def connections(pid: int) -> set[int]:
     """Ports that a process has connections to."""
-    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
-    own = {link[8:-1] for link in links if link.startswith("socket:[")}
+    own: set[str] = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # It was closed meanwhile.
+            own.add(os.readlink(path).removeprefix("socket:[").rstrip("]"))
     rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()[1:]]
     return {int(row[2].split(":")[1], 16) for row in rows if row[9] in own and row[3] == "01"}
 

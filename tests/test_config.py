@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 
@@ -28,6 +29,17 @@ def test_every_connector_a_shipped_policy_names_is_a_shipped_site(tmp_path: Path
     settings = load(tmp_path)
     named = {name for policy in settings.policy.agents.values() for name in policy.connectors}
     assert named == {site.name for site in settings.sites}
+
+
+def test_every_example_in_the_shipped_file_is_accepted(tmp_path: Path) -> None:
+    shipped = (Path(__file__).parents[1] / "temporal" / "countersign.toml").read_text()
+    example = re.compile(r"^# (\[+[a-z]|[a-z_]+ = )", re.MULTILINE)
+    (tmp_path / "countersign.toml").write_text(example.sub(r"\1", shipped))
+    settings = config.load({}, tmp_path)
+    assert [tier.name for tier in settings.tiers] == ["edge", "large", "vllm"]
+    assert settings.encryption.enabled and settings.weaviate is not None
+    assert settings.home("acme") == "eu" and len(settings.budgets) == 2
+    assert settings.tasks["content.outline"].may_queue
 
 
 def test_the_own_file_overrides_a_value_and_leaves_its_neighbours(tmp_path: Path) -> None:
