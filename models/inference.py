@@ -221,6 +221,15 @@ class Candidate(Frozen):
     currency: str | None = None
 
 
+class Bar(Frozen):
+    """How sure one model must be of its answer on one tier; below it the next tier is asked too."""
+
+    tier: Name
+    model: str
+    confidence: int = Field(ge=0, le=1001)
+    """In thousandths, and above them if nothing is sure enough; see `models.calibration.confidence`."""
+
+
 class Route(Frozen):
     """The router's choice: tiers in the order in which they may be tried."""
 
@@ -229,6 +238,8 @@ class Route(Frozen):
     candidates: tuple[Candidate, ...]
     queued: bool = True
     """Nobody waits for it: it may stand in a queue. Otherwise the deadline holds."""
+    bar: Bar | None = None
+    """For the first of two tiers, where doubting its answer pays."""
 
 
 class Call(Frozen):
@@ -253,6 +264,14 @@ class Call(Frozen):
         return self.model_copy(update={"region": region})
 
 
+class Weigh(Frozen):
+    """Whose answer is put on record with its confidence, so that a verdict can be held against it."""
+
+    workflow_id: str
+    route: str
+    """The event id of the route."""
+
+
 class Grant(Frozen):
     """What the router allows one call: money held for it, and until when it may be tried."""
 
@@ -262,6 +281,9 @@ class Grant(Frozen):
     """One for the whole chain, all tiers and repairs; `None` for queued work."""
     priority: int = Field(default=3, ge=1, le=5)
     """1 goes first."""
+    weigh: Weigh | None = None
+    """Set where the model is to say how sure it is, for the calibration."""
+    bar: Bar | None = None
 
 
 class Ask(Frozen):
@@ -285,6 +307,10 @@ class Answered(Frozen):
     cost: Cost = Cost()
     cached: bool = False
     """It was given to an identical call before."""
+    confidence: int | None = None
+    """How sure the model sounded, in thousandths, if it was asked."""
+    unsure: bool = False
+    """It is below the bar: the next tier is to be asked, and this answer is kept in case that fails."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,22 @@ left the answer is a refusal, never the cheapest tier.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import ROUND_UP, Decimal
-from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field
 
 from models.budget import Account, lacking, micros
+from models.calibration import Odds
 from models.canonical import Digest, digest_of
+from models.cascade import Rung, Terms, bar_of, is_calibrated, ranks
 from models.errors import BudgetExceeded, CountersignError, DeadlineMissed, PolicyDenied
-from models.inference import Call, Candidate, Inputs, Needs, Prompt, Route, Task
+from models.inference import Bar, Call, Candidate, Inputs, Needs, Prompt, Route, Task
 from models.loop import Amount, Cost, Frozen, Name
 from models.privacy import raised
 from models.settings import TaskSettings, TierSettings
+from models.tokens import prompt_tokens
 
 MOST_TIERS = 2
 """The chosen one and one fallback."""
@@ -30,15 +31,9 @@ REPAIR_TOKENS = 512
 """Room for the objections to an answer, when it is asked for again."""
 WITHOUT = (("url", "http://left-out.invalid"), ("token", None), ("cache_salt", None))
 MILLION = 1_000_000
-MESSAGE_TOKENS = 12
-"""Room for the marks a chat template puts around one message."""
-TEMPLATE_TOKENS = 48
-"""Room for the system message some templates add by themselves."""
 SMALLEST_AMOUNT = Decimal("0.00000001")
 
 Prefer = Literal["small", "large"]
-
-_WORD = re.compile(r"(?<![0-9A-Za-z])[A-Za-z]+(?![0-9A-Za-z])")
 
 
 class Measured(Frozen):
@@ -73,6 +68,8 @@ class Telemetry(Frozen):
     """Calls under way, and how many may be."""
     cached: bool = False
     """The answer to this very call is kept there."""
+    odds: Odds | None = None
+    """How its confidence translates into success at this task, where enough answers were judged."""
 
 
 class Snapshot(Frozen):
@@ -96,6 +93,10 @@ class Wish(Frozen):
     task: Name
     prefer: Prefer
     needs: Needs
+    wrong: int | None = None
+    """Millionths that a wrong answer costs; unknown leaves confidence out of the choice."""
+    both: bool = False
+    """Whatever the first tier answers, the next is asked too, to learn what it is worth."""
 
 
 class RoutePolicy(Frozen):
@@ -141,6 +142,8 @@ class RouteRecord(Frozen):
     route: Route
     needs: Needs
     prefer: Prefer = "small"
+    wrong: int | None = None
+    both: bool = False
     policy: Digest | None = None
     """Names the `RoutePolicy` in the content store."""
     snapshot: Snapshot = Snapshot()
@@ -166,8 +169,8 @@ class RouteRecord(Frozen):
 
 def replayed(record: RouteRecord, policy: RoutePolicy) -> Decision:
     """Make a recorded decision again, from the policy that stood then; compare with `record.decision()`."""
-    wish = Wish(task=record.route.purpose, prefer=record.prefer, needs=record.needs)
-    return decide(wish, policy.tiers, record.snapshot)
+    said = {name: getattr(record, name) for name in ("prefer", "needs", "wrong", "both")}
+    return decide(Wish(task=record.route.purpose, **said), policy.tiers, record.snapshot)
 
 
 _NOTHING_KNOWN = Telemetry()
@@ -221,6 +224,7 @@ class _Choice:
         }
         self.lost: dict[str, str | None] = {}
         self.queued = self.needs.within_milliseconds is None
+        self.by_cost = wish.prefer == "small"
 
     def decision(self) -> Decision:
         fitting = self._fitting()
@@ -263,9 +267,11 @@ class _Choice:
         return f"it would take {predicted} ms and somebody waits {within}"
 
     def _ranked(self, names: Sequence[str]) -> list[str]:
-        ordered = sorted(names, key=lambda name: self.place[name], reverse=self.wish.prefer == "large")
-        totals = self._totals(names) if self.wish.prefer == "small" else None
-        if totals is not None:
+        rungs = self._rungs(names)
+        self.by_cost = self.wish.prefer == "small" or is_calibrated(rungs, self._terms())
+        ordered = sorted(names, key=lambda name: self.place[name], reverse=not self.by_cost)
+        if self.by_cost and rungs:
+            totals = ranks(rungs, self._terms())
             ordered.sort(key=lambda name: totals[name])
         # Sorting keeps the order among equals; with every tier suspended or full nothing changes.
         ordered.sort(key=self._reluctance)
@@ -276,17 +282,32 @@ class _Choice:
         full = known.busy is not None and known.room is not None and known.busy >= known.room
         return not known.cached, known.suspended, full
 
-    def _totals(self, names: Sequence[str]) -> dict[str, Decimal] | None:
-        """Expected cost with the chance that the next more capable tier is needed too; `None` if unknown."""
-        costs = [self.expected[name] for name in names]
-        if len({cost.currency for cost in costs}) != 1 or any(cost.amount is None for cost in costs):
+    def _rungs(self, names: Sequence[str]) -> list[Rung]:
+        """The tiers and what each is expected to cost, least capable first; none if one is unknown."""
+        rungs = [self._rung(name) for name in sorted(names, key=lambda name: self.place[name])]
+        priced = [rung for rung in rungs if rung is not None]
+        same = len({self.expected[name].currency for name in names}) == 1
+        return priced if same and len(priced) == len(names) else []
+
+    def _rung(self, name: str) -> Rung | None:
+        known, expected = self.snapshot.of(name), self.expected[name]
+        if expected.amount is None:
             return None
-        own = {name: Decimal(cost.amount or 0) for name, cost in zip(names, costs, strict=True)}
-        totals = dict(own)
-        for name, above in pairwise(sorted(names, key=lambda name: self.place[name])):
-            again = self.snapshot.of(name).measured.escalated_permille or 0
-            totals[name] += own[above] * again / 1000
-        return totals
+        micros, again = Decimal(expected.amount) * MILLION, known.measured.escalated_permille or 0
+        took = predicted_milliseconds(expected.milliseconds, known)
+        return Rung(name, micros, known.model, known.odds, again, took)
+
+    def _terms(self) -> Terms:
+        within = None if self.queued else self.needs.within_milliseconds
+        return Terms(self.wish.wrong, within, self.wish.both)
+
+    def _bar(self, chosen: Sequence[str]) -> Bar | None:
+        """From where on the first tier's answer is taken; only one that knows more is asked for another."""
+        first, *others = chosen
+        if not others or self.place[first] > self.place[others[0]] or self.snapshot.of(others[0]).suspended:
+            return None
+        rungs = self._rungs(chosen)
+        return bar_of(rungs[0], rungs[1], self._terms()) if rungs else None
 
     def _chosen(self, ranked: Sequence[str]) -> Decision:
         first, *others = ranked
@@ -301,7 +322,7 @@ class _Choice:
             else:
                 chosen.append(name)
                 holds = both
-        route = self._route(tuple(chosen))
+        route = self._route(tuple(chosen), self._bar(chosen))
         accounts = self.snapshot.accounts
         if not accounts:
             return Decision(route=route)
@@ -309,20 +330,20 @@ class _Choice:
 
     def _second(self, first: str, name: str) -> tuple[bool, bool, int]:
         """A fallback is one that works and knows more; failing that, the nearest."""
-        small = self.wish.prefer == "small"
-        below = small and self.place[name] < self.place[first]
+        below = self.by_cost and self.place[name] < self.place[first]
         return self.snapshot.of(name).suspended, below, abs(self.place[name] - self.place[first])
 
     def _passed_over(self, name: str, chosen: Sequence[str]) -> str:
         why = "its breaker is open; " if self.snapshot.of(name).suspended else ""
         return f"{why}{' and '.join(chosen)} come first; at most one fallback is tried"
 
-    def _route(self, chosen: tuple[str, ...]) -> Route:
+    def _route(self, chosen: tuple[str, ...], bar: Bar | None = None) -> Route:
         return Route(
             purpose=self.wish.task,
             tiers=chosen,
             candidates=tuple(self._candidate(name) for name in self.tiers),
             queued=self.queued,
+            bar=bar,
         )
 
     def _candidate(self, name: str) -> Candidate:
@@ -417,22 +438,6 @@ def needs_of(
     )
 
 
-def prompt_tokens(prompt: Prompt) -> int:
-    """Tokens of a prompt, estimated from above."""
-    texts = sum(tokens_from_above(message.content) + MESSAGE_TOKENS for message in prompt.messages)
-    return texts + TEMPLATE_TOKENS
-
-
-def tokens_from_above(text: str) -> int:
-    """More tokens than the usual vocabularies make of a text.
-
-    Two letters per token in a Latin word, one byte per token in everything else, which includes letters
-    among digits, as in a hash. The server has the last word: it refuses what is too long and never cuts.
-    """
-    words = sum((len(word) + 1) // 2 for word in _WORD.findall(text))
-    return words + sum(_bytes(between) for between in _WORD.split(text))
-
-
 def estimate(needs: Needs, tier: TierSettings, measured: Measured | None = None) -> Cost:
     """What the call would take there: as measured, else as the settings say, else unknown."""
     seen = measured if measured is not None and measured.calls else Measured()
@@ -475,11 +480,6 @@ def averaged(costs: Iterable[Cost]) -> Measured:
         amount=amount,
         currency=seen[0].currency if amount is not None else None,
     )
-
-
-def _bytes(between: str) -> int:
-    # A single space joins the word after it in every vocabulary we meet.
-    return 0 if between == " " else len(between.encode("utf-8", "surrogatepass"))
 
 
 def _expected_amount(needs: Needs, tier: TierSettings) -> tuple[Amount | None, str | None]:

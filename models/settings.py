@@ -170,6 +170,12 @@ class TaskSettings(Frozen):
     """How long an identical call gets the same answer; 0 is never, and `None` leaves it to the task."""
     tier: Name | None = None
     """The only tier that may take it."""
+    wrong_costs: Decimal | None = Field(default=None, ge=0)
+    """What a wrong answer costs, in the currency of the tiers. With it models are asked how sure they are,
+    and an answer goes on to the next tier where its calibrated chance of being wrong costs more than that."""
+    learn_permille: int = Field(default=0, ge=0, le=1000)
+    """How many of a thousand calls do without that, to learn from: a half takes what the small tier says, the
+    other half asks the next tier whatever it says."""
 
 
 class LedgerSettings(Frozen):

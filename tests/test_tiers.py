@@ -26,8 +26,8 @@ from models.errors import (
     TierUnavailable,
 )
 from models.inference import Completion, Ending, Message, Prompt, attempt_of
-from models.routing import prompt_tokens, tokens_from_above
 from models.settings import EmbeddingSettings, Settings, TierSettings
+from models.tokens import prompt_tokens, tokens_from_above
 from tests import tgi_stub
 from tests.model_servers import model_server
 from tests.tgi_stub import CHAT, TgiStub, described

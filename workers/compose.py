@@ -36,6 +36,7 @@ from activities.services.actor import Actor
 from activities.services.beliefs import Beliefs
 from activities.services.breaker import Breakers
 from activities.services.cache import Cache
+from activities.services.calibration import Calibrations
 from activities.services.checkpoints import Checkpoints, keep_signing, load_key
 from activities.services.claims import Claims
 from activities.services.content import ContentStore
@@ -208,6 +209,7 @@ class _Composer:
             budgets=settings.budgets,
             sensing=sensing,
             cache=Cache(database, utc_now),
+            calibrated=Calibrations(database, utc_now),
         )
 
     async def _infer(self) -> list[Worker]:

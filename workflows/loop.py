@@ -173,6 +173,7 @@ class Loop(Messages):
         )
         routed: Routed = await policies.book(Routing.route, order, f"route {call.task}")
         failures: list[str] = []
+        doubted: Answered | None = None
         for number, tier in enumerate(routed.route.tiers):
             try:
                 ask = Ask(
@@ -185,14 +186,19 @@ class Loop(Messages):
                 answered = await policies.infer(ask, routed.queues[number], self.journal.admitted.pace)
             except ActivityError as error:
                 kind = policies.error_type(error)
-                if kind not in GO_ON or _is_cancelled(error):
+                if (kind not in GO_ON and doubted is None) or _is_cancelled(error):
                     raise
                 failures.append(kind)
-                await self._fell(order, routed, number, error)
+                kind = kind or type(error.cause).__name__
+                await self._fell(order, routed, number, policies.error_text(error), kind)
             else:
                 self.cost = sum_costs(self.cost, answered.cost)
-                return answered
-        return tuple(failures)
+                if not answered.unsure:
+                    return answered
+                doubted = answered
+                await self._fell(order, routed, number, f"sure to {answered.confidence} of 1000", "Unsure")
+        # An answer that was doubted is better than none.
+        return doubted or tuple(failures)
 
     # The loop.
 
@@ -332,7 +338,7 @@ class Loop(Messages):
             await self._conclude(Carried(Status.FAILED, f"{kind}: {policies.error_text(error)}"))
         await to_the_end(self._drained())
 
-    async def _fell(self, order: RouteOrder, routed: Routed, number: int, error: ActivityError) -> None:
+    async def _fell(self, order: RouteOrder, routed: Routed, number: int, reason: str, kind: str) -> None:
         tiers = routed.route.tiers
         fell = Fell(
             tenant=order.tenant,
@@ -341,11 +347,12 @@ class Loop(Messages):
             task=order.call.task,
             tier=tiers[number],
             to=tiers[number + 1] if number + 1 < len(tiers) else None,
-            reason=policies.error_text(error),
-            kind=policies.error_type(error) or type(error.cause).__name__,
+            reason=reason,
+            kind=kind,
             reservation=routed.grant.reservation,
         )
-        await policies.book(Routing.fell, fell, f"{tiers[number]} failed")
+        what = "was not sure" if kind == "Unsure" else "failed"
+        await policies.book(Routing.fell, fell, f"{tiers[number]} {what}")
 
     def _route_event(self, step: str, number: int) -> str:
         # The run id keeps a later run of the same chain from taking an earlier one's routes for its own.

@@ -11,8 +11,9 @@ from jsonschema import Draft202012Validator
 
 from models.errors import PolicyDenied
 from models.inference import Call, Completion, Inputs, Message, Needs, Prompt, Task
-from models.routing import prompt_tokens, unsuitable
+from models.routing import unsuitable
 from models.settings import TierSettings
+from models.tokens import prompt_tokens
 
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"

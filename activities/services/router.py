@@ -31,7 +31,9 @@ from activities.services.questions import (
 )
 from activities.services.till import Till, Try
 from activities.tiers.base import Endpoint
+from models.calibration import confidence
 from models.canonical import digest_of
+from models.cascade import unsure
 from models.errors import (
     CountersignError,
     CredentialsRejected,
@@ -190,7 +192,7 @@ class Answerer:
         answered = kept if kept is not None else await self._cache.once(key, lambda: self._made(tried))
         if not answered.cached:
             return answered
-        await self._book(tried, settle=True)
+        await self._book(tried, settle=not answered.unsure)
         return answered.model_copy(update={"cost": _nothing(tried.tier)})
 
     def _key(self, tried: Try, model: str) -> Key | None:
@@ -229,6 +231,9 @@ class Answerer:
                 f"{len(answers) - 1} repair ({broken}); try another tier"
             )
 
+        sure = confidence(best.completion.chances, question.schema is not None)
+        doubted = unsure(tried.grant.bar, tier.name, best.completion.model, sure)
+
         def answered(ref: Ref) -> Answered:
             return Answered(
                 text=ref,
@@ -237,11 +242,13 @@ class Answerer:
                 problems=best.objections,
                 repaired=best is not answers[0],
                 cost=cost_of(tier, [answer.completion for answer in answers]),
+                confidence=sure,
+                unsure=doubted,
             )
 
         if self._till is None:
             return answered(await self._contents.put(tried.tenant, best.text.encode(), question.media_type))
-        key = self._key(tried, best.completion.model) if not best.objections else None
+        key = self._key(tried, best.completion.model) if not best.objections and not doubted else None
         kept = None if key is None else (key, question.cache_seconds)
         return await self._till.keep(tried, answered, best.text, kept)
 
@@ -314,6 +321,8 @@ class Answerer:
         door = self._doors[tier]
         if tried.grant.deadline is not None and self._clock() >= tried.grant.deadline:
             raise DeadlineMissed(f"{tried.question.task.name}: its deadline has passed; allow more time")
+        if tried.grant.weigh is not None:
+            prompt = prompt.model_copy(update={"logprobs": True})
         try:
             completion = await self._endpoints[tier].complete(prompt)
         except BaseException as error:

@@ -20,16 +20,18 @@ from activities.services.cache import Cache, Scope, key_of
 from activities.services.content import JSON, ContentStore, get_blob, put_here
 from activities.services.database import Database
 from activities.services.ledger_store import EVENT, LedgerStore, add_in
-from models.budget import Account, Budget, accounts_of
+from models.budget import Account, Budget, accounts_of, micros
+from models.calibration import Odds
 from models.canonical import canonical, sha256
 from models.errors import UnknownName
-from models.inference import Grant, Needs, Prompt, Task
+from models.inference import Grant, Needs, Prompt, Task, Weigh
 from models.ledger import Draft, EventType, route_stream
 from models.loop import Cost
 from models.orders import Fell, Routed, RouteOrder
 from models.routing import (
     Decision,
     Measured,
+    Prefer,
     RoutePolicy,
     RouteRecord,
     Snapshot,
@@ -72,6 +74,14 @@ class Sensing(Protocol):
 
     def fell(self, tier: str, kind: str) -> None:
         """A tier failed a call with this type of error."""
+        ...
+
+
+class Calibrated(Protocol):
+    """What confidence is worth; `services.calibration.Calibrations` knows."""
+
+    async def odds(self, tenant: str, task: str) -> Mapping[str, Odds]:
+        """What may be relied on at one task, by model."""
         ...
 
 
@@ -161,6 +171,7 @@ class Routes:
         budgets: Sequence[Budget] = (),
         sensing: Sensing | None = None,
         cache: Cache | None = None,
+        calibrated: Calibrated | None = None,
     ) -> None:
         """Tiers in the order of the settings, tasks by name, and what settings want of tasks."""
         self._tiers = {tier.name: tier for tier in tiers}
@@ -172,6 +183,7 @@ class Routes:
         self._budgets = tuple(budgets)
         self._sensing: Sensing = sensing or Measurements(self._database, tiers, clock)
         self._cache = cache
+        self._calibrated = calibrated
         self._policy = canonical(RoutePolicy.of(tiers).stored())
         self._digest = sha256(self._policy)
         self._swept = datetime.min.replace(tzinfo=UTC)
@@ -193,8 +205,8 @@ class Routes:
         now = self._clock()
         asked = _Asked(
             order=order,
-            wish=Wish(task=task.name, prefer=task.prefer, needs=needs),
-            known=await self._known(task, wanted, order, prompt, needs),
+            wish=wish_of(task.name, task.prefer, needs, wanted, _draw(order)),
+            known=await self._weighed(await self._known(task, wanted, order, prompt, needs), wanted, order),
             accounts=accounts_of(self._budgets, order.tenant, order.agent, now),
             now=now,
         )
@@ -204,7 +216,7 @@ class Routes:
         record = await self._database.write(lambda link: self._recorded(link, asked))
         self._kept.add(order.tenant)
         record.decision().raise_refusal()
-        return self._routed(record, wanted)
+        return self._routed(record, wanted, order)
 
     async def fell(self, fell: Fell) -> None:
         """Record that a tier failed and what is tried next."""
@@ -240,6 +252,17 @@ class Routes:
         return {
             name: one.model_copy(update={"cached": await self._is_cached(name, one, order, prompt, needs)})
             for name, one in known.items()
+        }
+
+    async def _weighed(
+        self, known: Mapping[str, Telemetry], wanted: TaskSettings, order: RouteOrder
+    ) -> Mapping[str, Telemetry]:
+        """With the calibration of each tier's model, where the task is one whose answers are weighed."""
+        if self._calibrated is None or wanted.wrong_costs is None:
+            return known
+        odds = await self._calibrated.odds(order.tenant, order.call.task)
+        return {
+            name: one.model_copy(update={"odds": odds.get(one.model or "")}) for name, one in known.items()
         }
 
     async def _is_cached(
@@ -288,6 +311,8 @@ class Routes:
             route=decision.route,
             needs=asked.wish.needs,
             prefer=asked.wish.prefer,
+            wrong=asked.wish.wrong,
+            both=asked.wish.both,
             policy=self._digest,
             snapshot=snapshot,
             snapshot_digest=snapshot.digest(),
@@ -299,14 +324,20 @@ class Routes:
             deadline=deadline,
         )
 
-    def _routed(self, record: RouteRecord, wanted: TaskSettings) -> Routed:
+    def _routed(self, record: RouteRecord, wanted: TaskSettings, order: RouteOrder) -> Routed:
         first = self._tiers.get(record.route.tiers[0])
         measured = record.snapshot.of(record.route.tiers[0]).measured
         return Routed(
             route=record.route,
             queues=tuple(infer_queue(name, record.needs.region) for name in record.route.tiers),
             estimated=estimate(record.needs, first, measured) if first is not None else Cost(),
-            grant=Grant(reservation=record.reservation, deadline=record.deadline, priority=wanted.priority),
+            grant=Grant(
+                reservation=record.reservation,
+                deadline=record.deadline,
+                priority=wanted.priority,
+                weigh=_weigh(wanted, order),
+                bar=record.route.bar,
+            ),
         )
 
     def _task(self, name: str) -> Task:
@@ -315,6 +346,29 @@ class Routes:
         except KeyError:
             known = ", ".join(sorted(self._tasks)) or "none"
             raise UnknownName(f"task: {name!r} is not registered; known: {known}") from None
+
+
+def wish_of(task: str, prefer: Prefer, needs: Needs, wanted: TaskSettings, draw: int) -> Wish:
+    """The wish behind a call. Those with a low draw are there to learn from: of one half the small tier's
+    answer is taken however unsure it is, of the other half both tiers are asked.
+    """
+    if wanted.wrong_costs is None:
+        return Wish(task=task, prefer=prefer, needs=needs)
+    if draw < wanted.learn_permille:
+        return Wish(task=task, prefer="small", needs=needs, both=draw % 2 == 1)
+    wrong = micros(format(wanted.wrong_costs, "f"))
+    return Wish(task=task, prefer=prefer, needs=needs, wrong=wrong)
+
+
+def _draw(order: RouteOrder) -> int:
+    """One of a thousand numbers, and always the same one for an order."""
+    return int(sha256(order.event_id.encode())[:8], 16) % 1000
+
+
+def _weigh(wanted: TaskSettings, order: RouteOrder) -> Weigh | None:
+    if wanted.wrong_costs is None:
+        return None
+    return Weigh(workflow_id=order.workflow_id, route=order.event_id)
 
 
 def _standing(link: Connection, order: RouteOrder) -> RouteRecord | None:

@@ -12,6 +12,7 @@ from sqlalchemy import Connection
 
 from activities.services.budget import BEGUN, Spent, pay_in, refuse, resume_in, tried_in
 from activities.services.cache import Key, put_in
+from activities.services.calibration import weigh_in
 from activities.services.content import put_blob
 from activities.services.database import Database
 from activities.services.questions import Question
@@ -125,7 +126,10 @@ class Till:
 
         def work(link: Connection) -> Answered:
             made = answered(put_blob(link, tried.tenant, text.encode(), tried.question.media_type))
-            self._pay(link, tried, settle=True)
+            # Where the next tier is asked too, it is paid from the same money.
+            self._pay(link, tried, settle=not made.unsure)
+            if tried.grant.weigh is not None:
+                weigh_in(link, tried.tenant, tried.grant.weigh, tried.question.task.name, made, self._clock())
             if cache is not None:
                 key, seconds = cache
                 put_in(link, key, made, tried.question.task.name, self._clock() + timedelta(seconds=seconds))
