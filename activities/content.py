@@ -13,7 +13,7 @@ from models.canonical import canonical
 from models.content import Brief, amend, parse_brief, render_brief, slug_candidates
 from models.drafting import estimated_tokens
 from models.errors import InvalidInput
-from models.loop import Frozen, Name, Ref
+from models.loop import Frozen, Name, Ref, Subject
 from models.memory import Hit
 from models.prose import folded
 from models.settings import ContentSettings
@@ -33,7 +33,7 @@ class Store(Protocol):
         """UTF-8 text."""
         ...
 
-    async def put(self, tenant: str, data: bytes, media_type: str) -> Ref:
+    async def put(self, tenant: str, data: bytes, media_type: str, subject: str | None = ...) -> Ref:
         """Keep bytes; putting twice keeps one."""
         ...
 
@@ -44,6 +44,7 @@ class OpenBrief(Frozen):
     tenant: Name
     body: Ref
     feedback: tuple[Ref, ...] = ()
+    subject: Subject | None = None
 
 
 class BriefHead(Frozen):
@@ -92,6 +93,7 @@ class Assemble(Frozen):
     brief: Ref
     sections: tuple[Ref, ...]
     feedback: tuple[Ref, ...] = ()
+    subject: Subject | None = None
 
 
 class Repeated(Frozen):
@@ -132,6 +134,7 @@ class Compose(Frozen):
     feedback: tuple[Ref, ...] = ()
     date: AwareDatetime
     """The article's date; given, so that every attempt writes the same."""
+    subject: Subject | None = None
 
 
 class Composed(Frozen):
@@ -187,8 +190,8 @@ class Drafting:
         brief, concerns = amend(asked, await self._texts(order.tenant, order.feedback))
         tokens = estimated_tokens(brief)
         return BriefHead(
-            brief=await self._store.put(order.tenant, render_brief(brief), MARKDOWN),
-            query=await self._store.put(order.tenant, query_of(brief).encode(), MARKDOWN),
+            brief=await self._put(order, render_brief(brief)),
+            query=await self._put(order, query_of(brief).encode()),
             title=brief.title,
             site=brief.target.site,
             slugs=slug_candidates(brief),
@@ -212,8 +215,8 @@ class Drafting:
             repeated=tuple(
                 [
                     Repeated(
-                        sentence=await self._store.put(order.tenant, one.sentence.encode(), MARKDOWN),
-                        phrase=await self._store.put(order.tenant, one.phrase.encode(), MARKDOWN),
+                        sentence=await self._put(order, one.sentence.encode()),
+                        phrase=await self._put(order, one.phrase.encode()),
                     )
                     for one in find_repeats(brief, sections, self._limits, feedback)
                 ]
@@ -232,11 +235,16 @@ class Drafting:
         return Composed(
             title=draft.title,
             slug=draft.slug,
-            arguments=await self._store.put(order.tenant, canonical(arguments), JSON),
-            text=await self._store.put(order.tenant, f"# {draft.title}\n\n{draft.body}".encode(), MARKDOWN),
-            reasons=await self._store.put(order.tenant, reasons.encode(), MARKDOWN),
+            arguments=await self._put(order, canonical(arguments), JSON),
+            text=await self._put(order, f"# {draft.title}\n\n{draft.body}".encode()),
+            reasons=await self._put(order, reasons.encode()),
             concerns=draft.concerns,
         )
+
+    async def _put(
+        self, order: OpenBrief | Assemble | Compose, data: bytes, media_type: str = MARKDOWN
+    ) -> Ref:
+        return await self._store.put(order.tenant, data, media_type, order.subject)
 
     async def _brief(self, tenant: str, ref: Ref) -> Brief:
         return parse_brief(await self._store.get(tenant, ref))

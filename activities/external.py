@@ -20,7 +20,7 @@ class Store(Protocol):
         """Read a blob."""
         ...
 
-    async def put(self, tenant: str, data: bytes, media_type: str) -> Ref:
+    async def put(self, tenant: str, data: bytes, media_type: str, subject: str | None = ...) -> Ref:
         """Keep a blob."""
         ...
 
@@ -59,22 +59,24 @@ class External:
             InvalidInput: it does not fit; the first wrong field is named.
         """
         sent = _read(await self._store.get(reading.tenant, reading.body))
-        actions = [await self._action(reading.tenant, one) for one in sent.actions]
+        actions = [await self._action(reading, one) for one in sent.actions]
         reasons = sent.reasons.encode()
         return Proposal(
             agent="external",
             title=sent.title,
             actions=tuple(actions),
-            reasons=await self._store.put(reading.tenant, reasons, "text/plain; charset=utf-8")
+            reasons=await self._store.put(
+                reading.tenant, reasons, "text/plain; charset=utf-8", reading.subject
+            )
             if reasons
             else None,
             evidence=sent.evidence,
             confidence_percent=sent.confidence_percent,
         )
 
-    async def _action(self, tenant: str, sent: SentAction) -> Action:
+    async def _action(self, reading: Reading, sent: SentAction) -> Action:
         data = json.dumps(sent.arguments, sort_keys=True, ensure_ascii=False).encode()
-        arguments = await self._store.put(tenant, data, "application/json")
+        arguments = await self._store.put(reading.tenant, data, "application/json", reading.subject)
         return Action(
             connector=sent.connector, operation=sent.operation, arguments=arguments, title=sent.title
         )

@@ -52,6 +52,11 @@ def derived_id(*parts: str | int) -> str:
     return str(uuid.uuid5(NAMESPACE, text))
 
 
+def subject_id(tenant: str, subject: str) -> str:
+    """What a subject is called where its own name must not stand; who knows both can find it."""
+    return derived_id("subject", tenant, subject)
+
+
 def _has_plain_keys(value: Any) -> bool:
     if isinstance(value, dict):
         named = cast(dict[Any, Any], value)

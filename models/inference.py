@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import AwareDatetime, Field
 
 from models.errors import PolicyDenied
-from models.loop import Amount, Cost, Frozen, Name, Ref
+from models.loop import Amount, Cost, Frozen, Name, Ref, Subject
 
 Param = str | int
 Inputs = Mapping[str, str]
@@ -252,6 +252,8 @@ class Call(Frozen):
     region: str | None = None
     pin: Name | None = None
     """The tier that answered earlier in the same tool loop; models are not switched within one."""
+    subject: Subject | None = None
+    """Whom it is about; the answer goes when the subject is forgotten."""
 
     def within(self, region: str) -> Call:
         """The same call, bound to the region of its request.

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import AwareDatetime, Field
 
 from models.canonical import Digest, derived_id
-from models.loop import Frozen
+from models.loop import Frozen, Subject
 
 
 class EventType(StrEnum):
@@ -95,6 +95,8 @@ class Append(Frozen):
     drafts: tuple[Draft, ...] = Field(min_length=1)
     comment: str = Field(default="", max_length=4000)
     """A person's words; kept as a blob, whose reference becomes `comment` in the last draft's body."""
+    subject: Subject | None = None
+    """Whom the comment is about."""
     keep: tuple[str, ...] = ()
     """Texts to store in the same commit, since the drafts refer to them."""
 

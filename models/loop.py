@@ -39,6 +39,10 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Subject = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{1,200}$")]
+"""What or whom something is about: a SKU, an address, a customer. Forgetting goes by it."""
+
+
 class Guarantee(StrEnum):
     """What a target can promise about using an action key twice."""
 
@@ -93,6 +97,9 @@ class Request(Frozen):
     the id that it gives each run tells one time from the next."""
     body: Ref | Annotated[str, StringConstraints(min_length=1, max_length=65536)]
     """A stored blob, or the text itself, which then stands in Temporal's history."""
+    subject: Subject | None = None
+    """Whom or what it is about: its texts go when the subject is forgotten. Best an opaque id, such as a
+    customer number, since it stands in Temporal's history."""
     requester: str | None = Field(default=None, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")
     """Who wants it, where that is known; they may not approve it themselves unless policy says so."""
 

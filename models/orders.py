@@ -22,6 +22,7 @@ from models.loop import (
     Receipt,
     Ref,
     Request,
+    Subject,
 )
 from models.memory import Memo
 from models.policy import AgentPolicy
@@ -160,6 +161,7 @@ class PlanOrder(Frozen):
     tenant: Name
     proposal: Proposal
     numbers: tuple[int, ...]
+    subject: Subject | None = None
 
 
 class Planned(Frozen):
@@ -206,3 +208,4 @@ class Reading(Frozen):
 
     tenant: Name
     body: Ref
+    subject: Subject | None = None

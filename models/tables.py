@@ -69,6 +69,7 @@ class Blob(SQLModel, table=True):
     """Immutable bytes named by their SHA-256; see `activities/services/content.py` for sealed ones."""
 
     __tablename__ = "blob"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (Index("blob_by_subject", "tenant", "subject"),)
     tenant: str = Field(primary_key=True)
     digest: str = Field(primary_key=True)
     media_type: str
@@ -78,6 +79,8 @@ class Blob(SQLModel, table=True):
     data: bytes = Field(sa_type=LargeBinary)
     sealed_by: str | None = None
     """Id of the data key that `data` is sealed under; `None` stands in clear."""
+    subject: str | None = None
+    """Derived id of whom it is about; `None` is nobody, or more than one."""
 
 
 class RegionalContent(SQLModel, table=True):

@@ -393,7 +393,13 @@ class Blobs:
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], bytes] = {}
 
-    async def put(self, tenant: str, data: bytes, media_type: str = "text/plain; charset=utf-8") -> Ref:
+    async def put(
+        self,
+        tenant: str,
+        data: bytes,
+        media_type: str = "text/plain; charset=utf-8",
+        subject: str | None = None,
+    ) -> Ref:
         self.kept[tenant, sha256(data)] = data
         return Ref(digest=sha256(data), size=len(data), media_type=media_type)
 

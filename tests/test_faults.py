@@ -374,7 +374,7 @@ class Shelf:
     async def text(self, tenant, ref):
         return self.kept[ref.digest].decode()
 
-    async def put(self, tenant, data, media_type="text/plain"):
+    async def put(self, tenant, data, media_type="text/plain", subject=None):
         digest = sha256(data)
         self.kept[digest] = data
         return Ref(digest=digest, size=len(data), media_type=media_type)

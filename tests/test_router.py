@@ -192,7 +192,7 @@ class Shelf:
     async def text(self, tenant, ref):
         return self.blobs[tenant, ref.digest].decode()
 
-    async def put(self, tenant, data, media_type="text/plain; charset=utf-8"):
+    async def put(self, tenant, data, media_type="text/plain; charset=utf-8", subject=None):
         ref = Ref(digest=sha256(data).hexdigest(), size=len(data), media_type=media_type)
         self.blobs[tenant, ref.digest] = data
         return ref

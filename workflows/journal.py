@@ -141,6 +141,7 @@ class Journal:
             expected=expected,
             drafts=tuple(drafts),
             comment=comment,
+            subject=self.request.subject,
         )
 
     def _delivery(self) -> tuple[Event, ...]:

@@ -164,6 +164,8 @@ class Loop(Messages):
     async def _one_round(self, call: Call) -> Answered | tuple[str, ...]:
         """An answer, or what went wrong with each tier."""
         self._calls += 1
+        if self.request.subject is not None and call.subject is None:
+            call = call.model_copy(update={"subject": self.request.subject})
         order = RouteOrder(
             tenant=self.request.tenant,
             workflow_id=self.journal.workflow_id,
@@ -265,7 +267,8 @@ class Loop(Messages):
             stage = self._stage()
         kept = journal.progress.skips
         numbers = policies.numbers(len(proposal.actions), kept)
-        order = PlanOrder(tenant=self.request.tenant, proposal=proposal, numbers=numbers)
+        subject = self.request.subject
+        order = PlanOrder(tenant=self.request.tenant, proposal=proposal, numbers=numbers, subject=subject)
         planned = await policies.dry_run(order, journal.admitted.pace, self.request.region)
         async with journal.writing():
             if stage == self._stage():

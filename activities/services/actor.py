@@ -45,6 +45,7 @@ from models.loop import Action, Intent, Plan, Receipt, Reversibility, action_key
 from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
 from models.policy import Policy, is_current, permit
 
+DIFF = "text/x-diff; charset=utf-8"
 CLOCK_SKEW = timedelta(minutes=1)
 
 
@@ -199,7 +200,7 @@ class Actor:
         connector = self._connector(action.connector)
         dry = await connector.plan(await self._work(order.tenant, action))
         diff = await self._database.write(
-            lambda link: put_blob(link, order.tenant, dry.diff.encode(), "text/x-diff; charset=utf-8")
+            lambda link: put_blob(link, order.tenant, dry.diff.encode(), DIFF, order.subject)
         )
         return Plan(
             action=number,

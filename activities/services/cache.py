@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -43,6 +43,8 @@ class Scope:
     model: str
     """Identity of the model that answered."""
     task: str
+    subject: str | None = None
+    """Whom the call is about; an answer that goes with one subject must not be another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ def key_of(scope: Scope, prompt: Prompt) -> Key:
     """Name what identical calls share: scope, messages, schema and sampling."""
     parts = [
         *(scope.data_class, scope.region or "", scope.policy, scope.tier, scope.model, scope.task),
+        *(() if scope.subject is None else (scope.subject,)),
         prompt.model_dump_json(),
     ]
     # Lengths first, so that no two lists of parts read the same.
@@ -150,6 +153,16 @@ def put_in(link: Connection, key: Key, answered: Answered, task: str, until: dat
     insert = insert_for(link.dialect.name)
     made = insert(CACHE).values(tenant=tenant, key=digest, **values)
     link.execute(made.on_conflict_do_update(index_elements=["tenant", "key"], set_=values))
+
+
+def drop_in(link: Connection, tenant: str, texts: Collection[str]) -> int:
+    """Delete the answers whose text is one of these; returns how many."""
+    gone = set(texts)
+    rows = link.execute(select(CACHE.c.key, CACHE.c.answered).where(CACHE.c.tenant == tenant)) if gone else ()
+    keys = [row.key for row in rows if Answered.model_validate_json(row.answered).text.digest in gone]
+    for key in keys:
+        link.execute(delete(CACHE).where(CACHE.c.tenant == tenant, CACHE.c.key == key))
+    return len(keys)
 
 
 def sweep_in(link: Connection, now: datetime) -> int:

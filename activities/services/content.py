@@ -6,9 +6,10 @@ A subject's (`subject=`): by the SHA-256 of what is stored, the ciphertext. Seal
 data key, so putting twice still keeps one. The name, which stays in the ledger for ever, says nothing about
 the text to who has no key, so that destroying the key erases the datum, short or long.
 
-A tenant's: by the SHA-256 of the bytes in clear. Intents must be, as their name is what people sign; so must
-the rest, because workflows, commands and other programs name texts without holding a key. Who can guess such
-a text can test the guess by its name: a short text about a person belongs to that subject.
+A tenant's, and a subject's that is known by its digest elsewhere (`plainly`: requests, cards): by the
+SHA-256 of the bytes in clear. Intents must be, as their name is what people sign; so must the rest, because
+workflows, commands and other programs name texts without holding a key. Who can guess such a text can test
+the guess by its name: a short text about a person belongs to that subject.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from sqlalchemy import Connection, Row, select
 from activities.services.database import Database, insert_for, to_micros
 from activities.services.regions import absent, home_of, name_in
 from activities.services.vault import Keys, Sealed, Vault
-from models.canonical import canonical, sha256
+from models.canonical import canonical, sha256, subject_id
 from models.errors import InvalidInput, KeyMissing, LedgerBroken
 from models.loop import Ref
 from models.tables import Blob, table
@@ -40,15 +41,22 @@ class ContentStore:
         """Share the database with everything else, so that one commit covers a blob and its event."""
         self._database = database
 
-    async def put(self, tenant: str, data: bytes, media_type: str = TEXT, subject: str | None = None) -> Ref:
-        """Keep bytes; with a subject they go when the subject's key does.
+    async def put(
+        self,
+        tenant: str,
+        data: bytes,
+        media_type: str = TEXT,
+        subject: str | None = None,
+        plainly: bool = False,
+    ) -> Ref:
+        """Keep bytes; with a subject they go when the subject is erased. `plainly` as for `put_blob`.
 
         Raises:
             InvalidInput: more than `LIMIT_BYTES`.
             KeyDestroyed: the subject was erased.
         """
         return await self._database.write(
-            lambda connection: put_blob(connection, tenant, data, media_type, subject)
+            lambda connection: put_blob(connection, tenant, data, media_type, subject, plainly)
         )
 
     async def get(self, tenant: str, ref: Ref) -> bytes:
@@ -82,13 +90,23 @@ def vault_of(connection: Connection) -> Vault | None:
 
 
 def put_blob(
-    connection: Connection, tenant: str, data: bytes, media_type: str, subject: str | None = None
+    connection: Connection,
+    tenant: str,
+    data: bytes,
+    media_type: str,
+    subject: str | None = None,
+    plainly: bool = False,
 ) -> Ref:
-    """Keep bytes inside a transaction that is under way; a subject only matters with encryption on."""
+    """Keep bytes inside a transaction that is under way.
+
+    With a subject they go when it is erased; `plainly` names them by what they say all the same.
+    """
     home = home_of(connection)
     if home is None:
-        return put_here(connection, tenant, data, media_type, subject)
-    ref = home.write(lambda link: put_here(link, tenant, data, media_type, subject, home.region))
+        return put_here(connection, tenant, data, media_type, subject, plainly=plainly)
+    ref = home.write(
+        lambda link: put_here(link, tenant, data, media_type, subject, home.region, plainly=plainly)
+    )
     name_in(connection, tenant, ref, home.region)
     return ref
 
@@ -100,6 +118,7 @@ def put_here(
     media_type: str,
     subject: str | None = None,
     region: str | None = None,
+    plainly: bool = False,
 ) -> Ref:
     """Keep bytes in this very database; at the centre that is right for what speaks of no request only."""
     if len(data) > LIMIT_BYTES:
@@ -108,7 +127,7 @@ def put_here(
     if (vault := vault_of(connection)) is not None:
         sealed = vault.seal(connection, tenant, data, subject)
         stored, sealed_by = sealed.data, sealed.key_id
-        name = name if subject is None else sha256(stored)
+        name = name if subject is None or plainly else sha256(stored)
     insert = insert_for(connection.dialect.name)
     row = dict(
         tenant=tenant,
@@ -119,8 +138,14 @@ def put_here(
         stored_at=to_micros(datetime.now(UTC)),
         data=stored,
         sealed_by=sealed_by,
+        subject=None if subject is None else subject_id(tenant, subject),
     )
-    connection.execute(insert(BLOB).values(**row).on_conflict_do_nothing())
+    fresh = insert(BLOB).values(**row)
+    # What two have in common is nobody's: erasing one of them must leave the other what is theirs.
+    shared = BLOB.c.subject.is_not(None) & BLOB.c.subject.is_distinct_from(fresh.excluded.subject)
+    connection.execute(
+        fresh.on_conflict_do_update(index_elements=["tenant", "digest"], set_={"subject": None}, where=shared)
+    )
     return Ref(digest=name, size=len(data), media_type=media_type)
 
 

@@ -1,4 +1,4 @@
-"""Erasing a subject: records, words, vectors, beliefs, cache and texts, then a second look, then a receipt.
+"""Erasing a subject: records, words, vectors, beliefs, caches, notices and texts; a second look; a receipt.
 
 The order stands in the ledger before anything is gone, and names what goes. The receipt is a ledger event too
 and is issued only when the second look found nothing; until then erasing again goes on where it stopped. What
@@ -8,24 +8,28 @@ the ledger itself holds are references and derived ids, which stay.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from sqlite3 import OperationalError
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
 
-from activities.services import keeping
+from activities.services import cache, keeping
 from activities.services.beliefs import HEAD, SNAPSHOT
 from activities.services.content import BLOB, vault_of
 from activities.services.database import Database, to_micros
+from activities.services.discreet import names_of
 from activities.services.keeping import GIVEN, SUPPORT
 from activities.services.ledger_export import CHUNK, payloads
 from activities.services.ledger_store import EVENT, add_in, entries_in
 from activities.services.short_term import ShortTerm
 from activities.services.vectors import EMBEDDING, MEMORY
 from activities.services.words import compact_words
-from models.canonical import derived_id
+from models.canonical import derived_id, subject_id
 from models.errors import MemoryUnavailable, UnknownName
 from models.ledger import Draft, EventType
 from models.memory import Erased
@@ -57,8 +61,20 @@ class _Found:
 
     ids: tuple[str, ...]
     digests: tuple[str, ...]
+    """Texts of its records, and content that was stored as being about it."""
     models: tuple[str, ...]
     beliefs: int
+    key: str | None
+    """Its key, with encryption on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """What of it the ledger speaks of."""
+
+    payloads: tuple[str, ...]
+    intents: tuple[str, ...]
+    """Intents whose cards are about the subject; a notice goes by the intent's digest."""
 
 
 class Erasure:
@@ -70,6 +86,8 @@ class Erasure:
         clock: Callable[[], datetime],
         index: Index | None = None,
         cache: ShortTerm | None = None,
+        notices: Path | None = None,
+        patience: int = 30_000,
         destroy_key: Callable[[Connection, str, str, int], object] | None = None,
     ) -> None:
         """Take what else than SQL holds copies.
@@ -79,6 +97,8 @@ class Erasure:
             clock: stamps what is emptied, and the receipt.
             index: vectors outside SQL.
             cache: derived answers of this process.
+            notices: the folder below which terminals' notices are written.
+            patience: milliseconds to wait for whoever reads an old state of the file.
             destroy_key: destroys the key of tenant and subject in the erasing transaction, instead of the
                 vault that seals this database's content.
         """
@@ -87,6 +107,8 @@ class Erasure:
         self._clock = clock
         self._index = index
         self._cache = cache
+        self._notices = notices
+        self._patience = patience
 
     async def forget(self, tenant: str, subject: str, by: str) -> Erased:
         """Erase a subject; `by` is who asked for it.
@@ -97,44 +119,48 @@ class Erasure:
         """
         if not subject:
             raise UnknownName("subject: give the subject that is to be forgotten")
-        found = await self._database.read(lambda link: _find(link, tenant, subject))
-        if not found.ids and not found.beliefs:
+        found = await self._database.write(lambda link: _find(link, tenant, subject))
+        if not found.ids and not found.beliefs and not found.digests:
             raise UnknownName(
                 f"subject: nothing is known about {subject!r}; `countersign memory stats` counts"
             )
-        order = await self._order(tenant, subject, by, found)
+        named = await self._database.read(lambda link: _in_ledger(link, tenant, found.digests))
+        order = await self._order(tenant, subject, by, found, named)
         for model in found.models if self._index else ():
             await self._index_of().delete(tenant, model, found.ids)
-        shared = await self._database.write(lambda link: self._erase(link, tenant, subject, found))
-        dropped = self._cache.drop(tenant, subject) if self._cache else 0
-        await asyncio.to_thread(self._scrub)
-        left = await self._left(tenant, subject, found, shared)
-        if any(left.values()):
-            raise MemoryUnavailable(f"erasure: something is left ({left}); erase again")
+        shared, answers = await self._database.write(lambda link: self._erase(link, tenant, subject, found))
         removed = {
             "records": len(found.ids),
             "beliefs": found.beliefs,
             "texts": len(found.digests) - len(shared),
-            "cached": dropped,
+            "answers": answers,
+            "cached": self._cache.drop(tenant, subject) if self._cache else 0,
+            "notices": await asyncio.to_thread(self._tear_up, named.intents),
         }
+        scrubbed = await asyncio.to_thread(self._scrub)
+        left = await self._left(tenant, subject, found, shared, named.intents)
+        left["write_ahead_log"] = 0 if scrubbed else 1
+        if any(left.values()):
+            raise MemoryUnavailable(f"erasure: something is left ({left}); erase again")
         body = {"order": order, "removed": removed, "left": left, "shared": len(shared)}
         event = await self._log(tenant, subject, by, EventType.ERASURE, body)
         return Erased(
-            subject_id=derived_id("subject", tenant, subject),
+            subject_id=subject_id(tenant, subject),
             event_id=event,
             removed=removed,
             left=left,
             shared=len(shared),
         )
 
-    async def _order(self, tenant: str, subject: str, by: str, found: _Found) -> str:
+    async def _order(self, tenant: str, subject: str, by: str, found: _Found, named: _Named) -> str:
         """Log what is going to be erased, before anything is; returns the event's id."""
-        named = await self._database.read(lambda link: _in_ledger(link, tenant, found.digests))
-        key = await self._database.write(lambda link: _key(link, tenant, subject))
-        body: dict[str, Any] = {"payloads": sorted(named)} | ({} if key is None else {"key": key})
+        body: dict[str, Any] = {"payloads": list(named.payloads)}
+        body |= {} if found.key is None else {"key": found.key}
         return await self._log(tenant, subject, by, EventType.ERASURE_ORDER, body)
 
-    def _erase(self, link: Connection, tenant: str, subject: str, found: _Found) -> frozenset[str]:
+    def _erase(
+        self, link: Connection, tenant: str, subject: str, found: _Found
+    ) -> tuple[frozenset[str], int]:
         now = self._clock()
         vault = vault_of(link)
         destroy = self._destroy_key or (vault.destroy if vault is not None else None)
@@ -142,8 +168,11 @@ class Erasure:
             destroy(link, tenant, subject, to_micros(now))
         return _erase(link, tenant, subject, found, now)
 
-    async def _left(self, tenant: str, subject: str, found: _Found, shared: frozenset[str]) -> dict[str, int]:
+    async def _left(
+        self, tenant: str, subject: str, found: _Found, shared: frozenset[str], intents: Sequence[str]
+    ) -> dict[str, int]:
         left = await self._database.read(lambda link: _look(link, tenant, subject, found, shared))
+        left["notices"] = len(await asyncio.to_thread(self._papers, intents))
         if self._cache is not None:
             left["cache"] = self._cache.holds(tenant, subject)
         for model in found.models if self._index else ():
@@ -152,8 +181,8 @@ class Erasure:
         return left
 
     async def _log(self, tenant: str, subject: str, by: str, kind: EventType, body: dict[str, Any]) -> str:
-        now, subject_id = self._clock(), derived_id("subject", tenant, subject)
-        stream = f"erasure/{subject_id}"
+        now, about = self._clock(), subject_id(tenant, subject)
+        stream = f"erasure/{about}"
 
         def add(link: Connection) -> str:
             # By its place in the stream, so that of two attempts at one time each has its own.
@@ -166,7 +195,7 @@ class Erasure:
                 actor_ref=by,
                 correlation_id=stream,
                 causation_id=body.get("order"),
-                body={"subject": subject_id} | body,
+                body={"subject": about} | body,
             )
             add_in(link, tenant, draft, now)
             return draft.event_id
@@ -177,64 +206,98 @@ class Erasure:
         assert self._index is not None
         return self._index
 
-    def _scrub(self) -> None:
-        """Rewrite the file, so that deleted bytes stand neither in free pages nor in the write-ahead log."""
+    def _papers(self, intents: Sequence[str]) -> list[Path]:
+        """Notices that terminals were given, and parts of such."""
+        if self._notices is None or not intents:
+            return []
+        mine = set(intents)
+        return [path for path in self._notices.glob("*/*") if path.name.partition(".")[0] in mine]
+
+    def _tear_up(self, intents: Sequence[str]) -> int:
+        papers = self._papers(intents)
+        for path in papers:
+            path.unlink(missing_ok=True)
+        return len(papers)
+
+    def _scrub(self) -> bool:
+        """Rewrite the file, so that deleted bytes stand neither in free pages nor in the write-ahead log.
+
+        False: somebody reads an old state of it, for which SQLite keeps the log.
+        """
         if self._database.engine.dialect.name != "sqlite":
-            return
+            return True
         raw = self._database.engine.raw_connection()
+        cursor = raw.cursor()
         try:
-            cursor = raw.cursor()
-            for statement in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                cursor.execute(statement)
-                cursor.fetchall()
-            cursor.close()
+            cursor.execute(f"PRAGMA busy_timeout = {self._patience}")
+            cursor.execute("VACUUM")
+            # Of the three numbers it answers with, the first says whether it was kept from doing all.
+            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return cursor.fetchall()[0][0] == 0
+        except OperationalError:
+            return False
         finally:
+            cursor.close()
+            # The pool would give it out again with our patience.
+            raw.invalidate()
             raw.close()
 
 
 def _find(connection: Connection, tenant: str, subject: str) -> _Found:
     # Rows that an earlier attempt emptied are known by the derived name, so that trying again ends it.
-    names = (subject, derived_id("subject", tenant, subject))
-    mine = (MEMORY.c.tenant == tenant, MEMORY.c.subject.in_(names))
+    about, key = subject_id(tenant, subject), _key(connection, tenant, subject)
+    mine = (MEMORY.c.tenant == tenant, MEMORY.c.subject.in_(names_of(connection, tenant, subject)))
     rows = connection.execute(select(MEMORY.c.record_id, MEMORY.c.text_digest).where(*mine)).all()
-    ids = tuple(row.record_id for row in rows)
     models = connection.execute(select(EMBEDDING.c.model).where(EMBEDDING.c.tenant == tenant).distinct())
     beliefs = select(func.count()).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)
+    texts = connection.execute(select(BLOB.c.digest).where(BLOB.c.tenant == tenant, _its_own(about, key)))
     return _Found(
-        ids=ids,
-        digests=tuple(sorted({row.text_digest for row in rows if row.text_digest})),
+        ids=tuple(row.record_id for row in rows),
+        digests=tuple(sorted({row.text_digest for row in rows if row.text_digest} | set(texts.scalars()))),
         models=tuple(models.scalars()),
         beliefs=int(connection.execute(beliefs).scalar_one()),
+        key=key,
     )
 
 
-def _erase(connection: Connection, tenant: str, subject: str, found: _Found, now: datetime) -> frozenset[str]:
-    """Remove it all in one transaction; the texts that must stay for others."""
+def _its_own(about: str, key: str | None) -> ColumnElement[bool]:
+    """Content that was stored as being about a subject, or is sealed by its key."""
+    return BLOB.c.subject == about if key is None else or_(BLOB.c.subject == about, BLOB.c.sealed_by == key)
+
+
+def _erase(
+    connection: Connection, tenant: str, subject: str, found: _Found, now: datetime
+) -> tuple[frozenset[str], int]:
+    """Remove it all in one transaction; the texts that must stay for others, and how many answers went."""
     for record_id in found.ids:
         keeping.forget(connection, tenant, record_id, now)
     for ids in _parts(found.ids):
         emptied = update(MEMORY).where(MEMORY.c.tenant == tenant, MEMORY.c.record_id.in_(ids))
-        connection.execute(emptied.values(subject=derived_id("subject", tenant, subject)))
+        connection.execute(emptied.values(subject=subject_id(tenant, subject)))
         connection.execute(delete(SUPPORT).where(SUPPORT.c.tenant == tenant, SUPPORT.c.record_id.in_(ids)))
         either = or_(MERGE.c.first.in_(ids), MERGE.c.second.in_(ids))
         connection.execute(delete(MERGE).where(MERGE.c.tenant == tenant, either))
     for of in (SNAPSHOT, HEAD):
         connection.execute(delete(of).where(of.c.tenant == tenant, of.c.subject == subject))
     shared = frozenset(one for part in _parts(found.digests) for one in _still_used(connection, tenant, part))
-    for part in _parts([digest for digest in found.digests if digest not in shared]):
+    gone = [digest for digest in found.digests if digest not in shared]
+    for part in _parts(gone):
         connection.execute(delete(BLOB).where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)))
         connection.execute(delete(GIVEN).where(GIVEN.c.tenant == tenant, GIVEN.c.digest.in_(part)))
     compact_words(connection)
-    return shared
+    return shared, cache.drop_in(connection, tenant, gone)
 
 
-def _in_ledger(connection: Connection, tenant: str, digests: Sequence[str]) -> set[str]:
+def _in_ledger(connection: Connection, tenant: str, digests: Sequence[str]) -> _Named:
     """Those that an event names. The name of another text would say in the ledger for ever what it was."""
-    left, found = set(digests), set[str]()
+    left, found, intents = set(digests), set[str](), set[str]()
     query = select(EVENT.c.type, EVENT.c.envelope).where(EVENT.c.log_id == tenant).order_by(EVENT.c.seq)
     for row in connection.execute(query.execution_options(yield_per=CHUNK)) if left else ():
-        found |= payloads(row.type, bytes(row.envelope)) & left
-    return found
+        envelope = bytes(row.envelope)
+        if mine := payloads(row.type, envelope) & left:
+            found |= mine
+            intents |= {json.loads(envelope)["body"]["digest"]} if row.type == EventType.INTENT else set()
+    return _Named(tuple(sorted(found)), tuple(sorted(intents)))
 
 
 def _key(connection: Connection, tenant: str, subject: str) -> str | None:
@@ -254,7 +317,7 @@ def _look(
     gone = [digest for digest in found.digests if digest not in shared]
     full = (EMBEDDING.c.tenant == tenant, func.length(EMBEDDING.c.vector) > 0)
     questions: dict[str, Any] = {
-        "memory": [(MEMORY.c.tenant == tenant, MEMORY.c.subject == subject)],
+        "memory": [(MEMORY.c.tenant == tenant, MEMORY.c.subject.in_({subject, found.key or subject}))],
         "vectors": [(*full, EMBEDDING.c.record_id.in_(ids)) for ids in _parts(found.ids)],
         "beliefs": [(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)],
         "texts": [(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)) for part in _parts(gone)],

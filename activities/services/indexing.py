@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from sqlalchemy import Connection, Select, func, select
 
 from activities.services.content import get_blob
+from activities.services.discreet import text_reader
 from activities.services.leases import Leases
 from activities.services.vectors import EMBEDDING, MEMORY
 from models.errors import Final
@@ -148,8 +149,9 @@ def _kind(error: Exception) -> str:
 def _words(connection: Connection, tenant: str, title: str, digest: str) -> str:
     """What is embedded of a record; a text that is missing or broken must not hold up the others."""
     try:
+        opened = text_reader(connection, tenant)(title)
         body = get_blob(connection, tenant, digest).decode(errors="replace")
     except Final as error:
         logger.error("a memory of %s is not indexed: %s", tenant, error)
         return ""
-    return f"{title}\n{body}"
+    return f"{opened}\n{body}"

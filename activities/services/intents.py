@@ -42,10 +42,12 @@ def _present(connection: Connection, presentation: Presentation, now: datetime) 
     intent = _bind(presentation, use, card_digest="0" * 64)
     full = full_card(intent, texts)
     intent = intent.model_copy(update={"card_digest": sha256(full.encode())})
-    put_blob(connection, tenant, full.encode(), MARKDOWN)
+    # The intent itself is what was decided on, and stays; its cards hold the texts, and go with the subject.
+    subject = presentation.request.subject
+    put_blob(connection, tenant, full.encode(), MARKDOWN, subject, plainly=True)
     digest = put_model(connection, tenant, intent).digest
     card = short_card(intent, digest, full)
-    short = put_blob(connection, tenant, card.encode(), MARKDOWN)
+    short = put_blob(connection, tenant, card.encode(), MARKDOWN, subject, plainly=True)
     drafts = _events(presentation, intent, digest, short.digest)
     wish = presentation.append.model_copy(update={"drafts": drafts})
     appended = append_in(connection, wish, now)

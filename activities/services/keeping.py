@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 
 from activities.services.content import get_blob
 from activities.services.database import insert_for, to_micros
+from activities.services.discreet import name_of, seal_text
 from activities.services.ledger_store import EVENT
 from activities.services.vectors import MEMORY, empty_vectors, next_position, touch_vectors
 from activities.services.words import drop_words, put_words
@@ -92,8 +93,9 @@ def take(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> Kee
     if row is not None:
         connection.execute(delete(MEMORY).where(*_mine(memo.tenant, memo.record_id)))
     standing = first_standing(memo)
-    connection.execute(insert(MEMORY).values(**_row(memo, event, standing, now), position=position))
-    put_words(connection, position, f"{memo.title}\n{text}")
+    sealed = _sealed(connection, memo)
+    connection.execute(insert(MEMORY).values(**_row(memo, event, standing, now) | sealed, position=position))
+    put_words(connection, position, f"{memo.title}\n{text}", memo.tenant)
     return Keeping(what=Kept.KEPT, record_id=memo.record_id, standing=standing)
 
 
@@ -219,17 +221,13 @@ def _row(memo: Memo, event: str, standing: Standing, now: datetime) -> dict[str,
         tenant=memo.tenant,
         record_id=memo.record_id,
         kind=memo.kind,
-        title=memo.title,
         text_digest=memo.text.digest,
         text_size=memo.text.size,
         media_type=memo.text.media_type,
         source=memo.source,
         data_class=memo.data_class.value,
-        links=json.dumps(memo.links),
         recorded_at=to_micros(now),
         agent=memo.agent or "",
-        subject=memo.subject,
-        why=memo.why,
         source_event=event,
         derived_from=json.dumps(memo.derived_from),
         origin=memo.origin.value,
@@ -239,6 +237,17 @@ def _row(memo: Memo, event: str, standing: Standing, now: datetime) -> dict[str,
         valid_from=0 if memo.valid_from is None else to_micros(memo.valid_from),
         valid_to=_or_never(memo.valid_to),
         expires_at=_or_never(expiry(memo, now)),
+    )
+
+
+def _sealed(connection: Connection, memo: Memo) -> dict[str, str]:
+    """What says something about somebody in a record's own columns."""
+    tenant, subject = memo.tenant, memo.subject
+    return dict(
+        title=seal_text(connection, tenant, memo.title, subject),
+        links=seal_text(connection, tenant, json.dumps(memo.links), subject),
+        why=seal_text(connection, tenant, memo.why, subject),
+        subject=name_of(connection, tenant, subject),
     )
 
 

@@ -20,6 +20,7 @@ from activities.services.checkpoints import CHECKPOINT, tree_of
 from activities.services.content import BLOB, peek_blob
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import EVENT
+from activities.services.regions import NAMES
 from activities.services.vault import KEY
 from models.errors import InvalidInput, LedgerBroken
 from models.ledger import Event, EventType
@@ -276,6 +277,9 @@ def _gone(link: Connection, tenant: str, names: Sequence[str]) -> dict[str, Gone
         part = names[start : start + PART]
         rows = link.execute(query.where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)))
         there |= {row.digest: row.sealed_by if row.destroyed_at is not None else None for row in rows}
+        # What only a region holds is for that region to judge.
+        elsewhere = select(NAMES.c.digest).where(NAMES.c.tenant == tenant, NAMES.c.digest.in_(part))
+        there |= dict.fromkeys(link.execute(elsewhere).scalars())
     return {name: Gone(name, there.get(name)) for name in names if there.get(name, "absent") is not None}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, select, text, update
 
-from activities.services.content import JSON, put_blob
+from activities.services.content import JSON, TEXT, put_blob
 from activities.services.database import Database, Shared, insert_for, to_micros
 from activities.services.envelopes import Written, write
 from activities.services.merkle import extend, leaf_hash, pack, unpack
@@ -213,7 +213,7 @@ def _with_texts(connection: Connection, wish: Append) -> list[Written]:
         put_blob(connection, wish.tenant, text_.encode(), JSON)
     drafts = wish.drafts
     if wish.comment:
-        ref = put_blob(connection, wish.tenant, wish.comment.encode(), "text/plain; charset=utf-8")
+        ref = put_blob(connection, wish.tenant, wish.comment.encode(), TEXT, wish.subject)
         *others, last = wish.drafts
         body = last.body | {"comment": ref.model_dump(mode="json")}
         drafts = (*others, last.model_copy(update={"body": body}))

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Protocol, cast
 
-from sqlalchemy import Connection, Row, Select, select
+from sqlalchemy import Connection, Select, select
 
 from activities.services import keeping
 from activities.services.content import ContentStore, put_blob
 from activities.services.database import Database, from_micros, insert_for, to_micros
+from activities.services.discreet import opened_rows
 from activities.services.indexing import Outbox, Pending, newest_position
 from activities.services.keeping import keep
 from activities.services.vectors import ALWAYS, MEMORY, Near, Vector, When, put_vectors, unit_vector
@@ -44,6 +45,7 @@ from models.tables import NEVER, MergeProposal, table
 
 __all__ = ["MemoryStore", "Vectors", "keep"]
 
+Plain = dict[str, Any]
 MERGE = table(MergeProposal)
 QUERY_BYTES = 16 * 1024
 EMBED_CHARACTERS = (2000, 500, 120)
@@ -163,20 +165,20 @@ class MemoryStore:
 
     async def merges(self, tenant: str) -> tuple[tuple[str, str, int], ...]:
         """Near-duplicates that a person should look at: two ids and 1000 times their cosine."""
-        wanted = select(MERGE.c.first, MERGE.c.second, MERGE.c.cosine_permille).where(
-            MERGE.c.tenant == tenant
-        )
-        rows = await self._database.read(lambda link: link.execute(wanted.order_by(MERGE.c.first)).all())
+        m = MERGE.c
+        wanted = select(m.first, m.second, m.cosine_permille).where(m.tenant == tenant).order_by(m.first)
+        rows = await self._database.read(lambda link: link.execute(wanted).all())
         return tuple((row.first, row.second, row.cosine_permille) for row in rows)
 
-    async def recall(self, request: Recall) -> Recalled:
+    async def recall(self, request: Recall, text: str | None = None) -> Recalled:
         """Find records by meaning; by words, and saying so, when meaning cannot be asked.
+
+        With `text` that is the query, stored or not.
 
         Raises:
             InvalidInput: the query is not stored, not UTF-8 or too long.
         """
-        query = await self._query(request)
-        found = await self._found(request, query)
+        found = await self._found(request, await self._query(request, text))
         if request.run and found.hits:
             now, digests = self._clock(), [hit.text.digest for hit in found.hits]
             await self._database.write(
@@ -231,8 +233,8 @@ class MemoryStore:
         if close:
             await self._database.write(lambda link: _merge(link, tenant, record_id, close, now))
 
-    async def _query(self, request: Recall) -> str:
-        data = await self._content.get(request.tenant, request.query)
+    async def _query(self, request: Recall, text: str | None) -> str:
+        data = text.encode() if text else await self._content.get(request.tenant, request.query)
         if len(data) > QUERY_BYTES:
             raise InvalidInput.field("query", f"{len(data)} bytes", f"ask in under {QUERY_BYTES} bytes")
         try:
@@ -293,14 +295,13 @@ class MemoryStore:
         cosines = {one.record_id: one.cosine for one in near}
         order = fused(list(cosines), worded)[: request.limit]
 
-        def read(connection: Connection) -> tuple[Mapping[str, Row[Any]], bool]:
-            rows = connection.execute(_counting(request, when).where(MEMORY.c.record_id.in_(order)))
-            return {row.record_id: row for row in rows}, outbox.waits(connection, request.tenant)
+        def read(connection: Connection) -> tuple[Mapping[str, Plain], bool]:
+            return _named(connection, request, when, order), outbox.waits(connection, request.tenant)
 
         found, waits = await self._database.read(read)
         asked = _word_set(query)
         hits = [
-            _hit(found[one], cosines.get(one) or _word_cosine(asked, _word_set(found[one].title)))
+            _hit(found[one], cosines.get(one) or _word_cosine(asked, _word_set(found[one]["title"])))
             for one in order
             if one in found
         ]
@@ -308,7 +309,9 @@ class MemoryStore:
 
     async def _worded(self, request: Recall, query: str, when: When, depth: int) -> list[str]:
         conditions = _conditions(request, when)
-        return await self._database.read(lambda link: find_words(link, query, conditions, depth))
+        return await self._database.read(
+            lambda link: find_words(link, query, conditions, depth, request.tenant)
+        )
 
     async def _embed_batch(self, embedder: Embedder, batch: list[Pending]) -> list[list[float]]:
         """One vector per record; empty for one that the model refuses even by itself and shortened."""
@@ -378,21 +381,27 @@ def _counting(request: Recall, when: When) -> Select[Any]:
     return select(MEMORY).where(*_conditions(request, when))
 
 
+def _named(connection: Connection, request: Recall, when: When, ids: Sequence[str]) -> dict[str, Plain]:
+    rows = opened_rows(
+        connection, request.tenant, _counting(request, when).where(MEMORY.c.record_id.in_(ids))
+    )
+    return {row["record_id"]: row for row in rows}
+
+
 def _by_text(connection: Connection, request: Recall, query: str, when: When) -> list[Hit]:
     """By the index of words over whole texts."""
-    order = find_words(connection, query, _conditions(request, when), request.limit)
-    rows = connection.execute(_counting(request, when).where(MEMORY.c.record_id.in_(order)))
-    found, asked = {row.record_id: row for row in rows}, _word_set(query)
-    return [_hit(found[one], _word_cosine(asked, _word_set(found[one].title))) for one in order]
+    order = find_words(connection, query, _conditions(request, when), request.limit, request.tenant)
+    found, asked = _named(connection, request, when, order), _word_set(query)
+    return [_hit(found[one], _word_cosine(asked, _word_set(found[one]["title"]))) for one in order]
 
 
 def _by_words(connection: Connection, request: Recall, query: str, when: When) -> list[Hit]:
     """Cosine of the sets of words in query and title, over the newest records; the same on every database."""
     asked = _word_set(query)
-    newest = (
-        _counting(request, when).order_by(MEMORY.c.recorded_at.desc(), MEMORY.c.record_id).limit(WORD_SCAN)
-    )
-    scored = ((_word_cosine(asked, _word_set(row.title)), row) for row in connection.execute(newest))
+    order = (MEMORY.c.recorded_at.desc(), MEMORY.c.record_id)
+    newest = _counting(request, when).order_by(*order).limit(WORD_SCAN)
+    rows = opened_rows(connection, request.tenant, newest)
+    scored = ((_word_cosine(asked, _word_set(row["title"])), row) for row in rows)
     # A stable sort keeps newer before older, and then the order of ids, among equals.
     best = sorted((pair for pair in scored if pair[0] > 0), key=lambda pair: -pair[0])
     return [_hit(row, cosine) for cosine, row in best[: request.limit]]
@@ -410,10 +419,10 @@ def _merge(connection: Connection, tenant: str, record_id: str, close: Mapping[s
     kind = insert_for(connection.dialect.name)
     for other in connection.execute(same).scalars().all():
         first, second = sorted((record_id, other))
-        values = dict(tenant=tenant, first=first, second=second, proposed_at=now)
-        connection.execute(
-            kind(MERGE).values(**values, cosine_permille=close[other]).on_conflict_do_nothing()
+        values = dict(
+            tenant=tenant, first=first, second=second, proposed_at=now, cosine_permille=close[other]
         )
+        connection.execute(kind(MERGE).values(**values).on_conflict_do_nothing())
 
 
 def _word_set(text: str) -> frozenset[str]:
@@ -425,17 +434,17 @@ def _word_cosine(one: frozenset[str], other: frozenset[str]) -> float:
     return common / math.sqrt(len(one) * len(other)) if common else 0.0
 
 
-def _hit(row: Row[Any], cosine: float) -> Hit:
+def _hit(row: Plain, cosine: float) -> Hit:
     return Hit(
-        record_id=row.record_id,
-        version=row.text_digest,
-        kind=row.kind,
-        title=row.title,
-        text=Ref(digest=row.text_digest, size=row.text_size, media_type=row.media_type),
+        record_id=row["record_id"],
+        version=row["text_digest"],
+        kind=row["kind"],
+        title=row["title"],
+        text=Ref(digest=row["text_digest"], size=row["text_size"], media_type=row["media_type"]),
         score_permille=round(1000 * cosine),
-        recorded_at=from_micros(row.recorded_at),
-        links=tuple(json.loads(row.links)),
-        data_class=DataClass(row.data_class),
-        origin=Origin(row.origin),
-        expires_at=None if row.expires_at >= NEVER else from_micros(row.expires_at),
+        recorded_at=from_micros(row["recorded_at"]),
+        links=tuple(json.loads(row["links"])),
+        data_class=DataClass(row["data_class"]),
+        origin=Origin(row["origin"]),
+        expires_at=None if row["expires_at"] >= NEVER else from_micros(row["expires_at"]),
     )

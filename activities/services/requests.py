@@ -9,7 +9,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, select, update
 
-from activities.services.content import get_blob, put_blob
+from activities.services.content import TEXT, get_blob, put_blob
 from activities.services.database import Database, to_micros
 from activities.services.ledger_store import append_in, entries_in
 from activities.services.memory_store import keep
@@ -128,7 +128,8 @@ def _admit(connection: Connection, admission: Admission, now: datetime, bar: str
 
 def _body(connection: Connection, request: Request) -> Ref:
     if isinstance(request.body, str):
-        return put_blob(connection, request.tenant, request.body.encode(), "text/plain; charset=utf-8")
+        data = request.body.encode()
+        return put_blob(connection, request.tenant, data, TEXT, request.subject, plainly=True)
     get_blob(connection, request.tenant, request.body.digest)
     return request.body
 

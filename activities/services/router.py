@@ -68,7 +68,7 @@ class Contents(Protocol):
         """The text behind a reference."""
         ...
 
-    async def put(self, tenant: str, data: bytes, media_type: str = ...) -> Ref:
+    async def put(self, tenant: str, data: bytes, media_type: str = ..., subject: str | None = ...) -> Ref:
         """Keep bytes and name them."""
         ...
 
@@ -208,6 +208,7 @@ class Answerer:
             tier=tried.tier.name,
             model=model,
             task=question.task.name,
+            subject=question.call.subject,
         )
         return key_of(scope, question.prompt)
 
@@ -247,7 +248,9 @@ class Answerer:
             )
 
         if self._till is None:
-            return answered(await self._contents.put(tried.tenant, best.text.encode(), question.media_type))
+            subject = question.call.subject
+            ref = await self._contents.put(tried.tenant, best.text.encode(), question.media_type, subject)
+            return answered(ref)
         key = self._key(tried, best.completion.model) if not best.objections and not doubted else None
         kept = None if key is None else (key, question.cache_seconds)
         return await self._till.keep(tried, answered, best.text, kept)

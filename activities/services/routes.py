@@ -278,6 +278,7 @@ class Routes:
             tier=tier,
             model=known.model,
             task=order.call.task,
+            subject=order.call.subject,
         )
         return await self._cache.get(key_of(scope, prompt)) is not None
 

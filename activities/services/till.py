@@ -125,7 +125,9 @@ class Till:
         """Store the text, note and settle what it took, and keep it for identical calls."""
 
         def work(link: Connection) -> Answered:
-            made = answered(put_blob(link, tried.tenant, text.encode(), tried.question.media_type))
+            question = tried.question
+            subject = question.call.subject
+            made = answered(put_blob(link, tried.tenant, text.encode(), question.media_type, subject))
             # Where the next tier is asked too, it is paid from the same money.
             self._pay(link, tried, settle=not made.unsure)
             if tried.grant.weigh is not None:

@@ -10,7 +10,7 @@ import hmac
 import os
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from models.tables import SubjectKey, table
 KEY = table(SubjectKey)
 KEY_BYTES = 32
 NONCE_BYTES = 12
+WORD_LETTERS = 20
+"""80 bits of a word's hash; two words that share them are one to a search."""
 TENANT = "tenant"
 """Id of the data key of everything that belongs to no single subject."""
 
@@ -174,18 +176,24 @@ class Vault:
             KeyMissing: the master key that wraps its key is not there.
             LedgerBroken: the bytes were changed.
         """
-        row = _row(connection, tenant, sealed.key_id)
-        if row is None:
-            raise LedgerBroken(
-                f"key {sealed.key_id[:12]} of stored content is gone; restore it from a backup"
-            )
-        secret, bound = self._unwrapped(row), _joined("blob", tenant, sealed.key_id)
-        try:
-            return AESGCM(_sealing(secret)).decrypt(
-                sealed.data[:NONCE_BYTES], sealed.data[NONCE_BYTES:], bound
-            )
-        except (InvalidTag, ValueError):
-            raise LedgerBroken("stored content was changed; restore it from a backup") from None
+        return self.reader(connection, tenant)(sealed)
+
+    def reader(self, connection: Connection, tenant: str) -> Callable[[Sealed], bytes]:
+        """The same for many, which looks for each key once; keep it no longer than the transaction."""
+        secrets = dict[str, bytes]()
+
+        def opened(sealed: Sealed) -> bytes:
+            name = sealed.key_id
+            if name not in secrets:
+                secrets[name] = self._standing(connection, tenant, name)
+            return _opened(secrets[name], _joined("blob", tenant, name), sealed.data)
+
+        return opened
+
+    def spell(self, connection: Connection, tenant: str, words: Iterable[str]) -> list[str]:
+        """Words as keyed hashes: equal ones stay equal, and only who has the key can tell what they are."""
+        secret = hmac.digest(self._made(connection, tenant, TENANT), b"words", "sha256")
+        return [f"x{hmac.digest(secret, word.encode(), 'sha256').hex()[:WORD_LETTERS]}" for word in words]
 
     def key_id(self, connection: Connection, tenant: str, subject: str | None) -> str:
         """The opaque id of a subject's key; who has no key cannot tell from it who the subject is."""
@@ -221,6 +229,12 @@ class Vault:
             )
         return len(rows)
 
+    def _standing(self, connection: Connection, tenant: str, key_id: str) -> bytes:
+        row = _row(connection, tenant, key_id)
+        if row is None:
+            raise LedgerBroken(f"key {key_id[:12]} of stored content is gone; restore it from a backup")
+        return self._unwrapped(row)
+
     def _made(self, connection: Connection, tenant: str, key_id: str) -> bytes:
         """A data key, straight from its row each time: a copy kept here would outlive its destruction."""
         row = _row(connection, tenant, key_id)
@@ -255,6 +269,13 @@ def _row(connection: Connection, tenant: str, key_id: str) -> Row[Any] | None:
 
 def _at(tenant: str, key_id: str) -> tuple[Any, Any]:
     return KEY.c.tenant == tenant, KEY.c.subject_key_id == key_id
+
+
+def _opened(secret: bytes, bound: bytes, data: bytes) -> bytes:
+    try:
+        return AESGCM(_sealing(secret)).decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], bound)
+    except (InvalidTag, ValueError):
+        raise LedgerBroken("stored content was changed; restore it from a backup") from None
 
 
 def _sealing(secret: bytes) -> bytes:

@@ -27,6 +27,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import table as sql_table
 
+from activities.services.content import vault_of
 from activities.services.vectors import MEMORY
 
 INDEXED_CHARACTERS = 8000
@@ -65,9 +66,11 @@ def make_words(connection: Connection) -> None:
         connection.execute(text(statement))
 
 
-def put_words(connection: Connection, position: int, words: str) -> None:
-    """Index a record's words."""
+def put_words(connection: Connection, position: int, words: str, tenant: str = "") -> None:
+    """Index a record's words; with encryption on as keyed hashes."""
     shown = words[:INDEXED_CHARACTERS]
+    if vault_of(connection) is not None:
+        shown = " ".join(_spelled(connection, tenant, re.findall(r"\w+", _folded(shown))))
     if connection.dialect.name == "sqlite":
         connection.execute(insert(WORDS).values(rowid=position, words=shown))
     else:
@@ -82,11 +85,15 @@ def drop_words(connection: Connection, position: int) -> None:
 
 
 def find_words(
-    connection: Connection, query: str, conditions: Sequence[ColumnElement[bool]], limit: int
+    connection: Connection,
+    query: str,
+    conditions: Sequence[ColumnElement[bool]],
+    limit: int,
+    tenant: str = "",
 ) -> list[str]:
     """Ids of the records that fit the words best, best first; equal ones by newer time, then by id."""
     words = sorted({*re.findall(r"\w+", _folded(query))}, key=lambda word: (-len(word), word))
-    counts = _counts(connection, words[:MOST_WORDS])
+    counts = _counts(connection, _spelled(connection, tenant, words[:MOST_WORDS]))
     telling = _telling(counts)
     if not telling:
         return _newest(connection, sorted(counts, key=lambda word: counts[word]), conditions, limit)
@@ -184,6 +191,12 @@ def _telling(counts: Mapping[str, int]) -> list[str]:
             break
         telling.append(word)
     return telling
+
+
+def _spelled(connection: Connection, tenant: str, words: list[str]) -> list[str]:
+    """Words as the index has them."""
+    vault = vault_of(connection)
+    return words if vault is None else vault.spell(connection, tenant, words)
 
 
 def _folded(words: str) -> str:

@@ -112,7 +112,9 @@ class Shelf:
         """Texts travel as params here."""
         raise KeyError(ref.digest)
 
-    async def put(self, tenant: str, data: bytes, media_type: str = "text/plain") -> Ref:
+    async def put(
+        self, tenant: str, data: bytes, media_type: str = "text/plain", subject: str | None = None
+    ) -> Ref:
         """Every answer gets a name of its own."""
         self.number += 1
         return Ref(digest=f"{self.number:064x}", size=len(data))

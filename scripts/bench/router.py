@@ -73,7 +73,7 @@ class Paper:
         """The question."""
         return QUESTION
 
-    async def put(self, tenant: str, data: bytes, media_type: str = "") -> Ref:
+    async def put(self, tenant: str, data: bytes, media_type: str = "", subject: str | None = None) -> Ref:
         """A name for anything."""
         return Ref(digest="0" * 64, size=len(data))
 

@@ -14,10 +14,13 @@ from rich.table import Table
 from sqlalchemy import Connection, func, select
 
 from activities.services.erasure import Erasure
+from activities.services.knowing import use_of
 from activities.services.leases import Leases
 from activities.services.memory_store import MemoryStore
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
+from models.canonical import sha256
 from models.errors import InvalidInput
+from models.loop import Ref
 from models.memory import Recall, Search
 from scripts.commands.session import Json, Session, console, opened, said
 from scripts.exits import EXPLAINED
@@ -56,12 +59,14 @@ def search(
 
     async def run(parts: Parts) -> Any:
         tenant = parts.session.tenant
-        ref = await parts.session.content.put(tenant, query.encode())
+        # Only named and not kept: what somebody looks for is nobody's to remember.
+        data = query.encode()
+        ref = Ref(digest=sha256(data), size=len(data))
         moment = as_of.replace(tzinfo=utc_now().tzinfo) if as_of else None
         asked = Recall(
             tenant=tenant, query=ref, kinds=tuple(kind), limit=limit, agent=agent, as_of=moment, by=by
         )
-        return await parts.store.recall(asked)
+        return await parts.store.recall(asked, query)
 
     found = _with(run)
     if as_json:
@@ -78,21 +83,28 @@ def search(
 
 @memory.command(epilog=EXPLAINED)
 def stats(as_json: Json = False) -> None:
-    """Count what is remembered, and what waits for a vector, a merge or the index."""
+    """Count what is remembered, what waits for a vector, a merge or the index, and short-term hits."""
 
     async def run(parts: Parts) -> dict[str, Any]:
         tenant = parts.session.tenant
         counts = await parts.session.database.read(lambda link: _counts(link, tenant))
         merges = len(await parts.store.merges(tenant))
         behind = await parts.index.behind(parts.model) if parts.index else 0
-        return counts | {"merge_proposals": merges, "index_behind": behind}
+        use = await parts.session.database.read(lambda link: use_of(link, utc_now()))
+        counts |= {"merge_proposals": merges, "index_behind": behind}
+        return counts | {
+            "short_term_hits": use.hits,
+            "short_term_misses": use.misses,
+            "short_term_prewarmed": use.warmed,
+            "short_term_hit_permille": use.permille,
+        }
 
     found = _with(run)
     if as_json:
         said(found)
         return
     for name, count in found.items():
-        console().print(f"{name:<24} {count}")
+        console().print(f"{name:<24} {'unknown' if count is None else count}")
 
 
 @memory.command(epilog=EXPLAINED)
@@ -146,7 +158,8 @@ def forget(
         typer.confirm(f"Erase everything about {subject}? This cannot be undone", abort=True)
 
     async def run(parts: Parts) -> Any:
-        erasure = Erasure(parts.session.database, utc_now, parts.index)
+        notices = parts.session.settings.data / "notices"
+        erasure = Erasure(parts.session.database, utc_now, parts.index, notices=notices)
         return await erasure.forget(parts.session.tenant, subject, who)
 
     receipt = _with(run)

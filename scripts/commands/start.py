@@ -37,6 +37,9 @@ def start(
     key: Annotated[
         str | None, typer.Option(help="Names the request; the same key acts once. Default: from the content.")
     ] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="Whom it is about: its texts go when that subject is forgotten.")
+    ] = None,
     as_: Annotated[
         str | None,
         typer.Option("--as", help="Who wants it, and cannot approve it; default: approver in the settings."),
@@ -48,7 +51,7 @@ def start(
     settings = config.load()
     data = read_file(file)
     title = check(settings, agent, data)
-    request = request_of(settings, agent, data, key, asking(settings, agent, as_))
+    request = about(request_of(settings, agent, data, key, asking(settings, agent, as_)), subject)
     result = asyncio.run(_start(settings, request, data, title, wait))
     if as_json:
         said(result)
@@ -119,7 +122,12 @@ def asking(settings: Settings, agent: str, named: str | None) -> str | None:
 
 
 def request_of(
-    settings: Settings, agent: str, data: bytes, key: str | None = None, requester: str | None = None
+    settings: Settings,
+    agent: str,
+    data: bytes,
+    key: str | None = None,
+    requester: str | None = None,
+    subject: str | None = None,
 ) -> Request:
     """The request for these bytes; without a key the content names it.
 
@@ -141,6 +149,18 @@ def request_of(
         raise InvalidInput.field("--key", key, "write 1 to 200 characters") from None
 
 
+def about(request: Request, subject: str | None) -> Request:
+    """The request, said to be about somebody.
+
+    Raises:
+        InvalidInput: that is no subject.
+    """
+    try:
+        return Request.model_validate(request.model_dump() | {"subject": subject})
+    except ValidationError:
+        raise InvalidInput.field("--subject", subject, "write 1 to 200 characters in one line") from None
+
+
 async def _start(settings: Settings, request: Request, data: bytes, title: str, wait: bool) -> dict[str, Any]:
     run = workflow_id(request.tenant, request.agent, request.key)
     async with opened(settings) as session:
@@ -150,7 +170,7 @@ async def _start(settings: Settings, request: Request, data: bytes, title: str, 
             return _result("ended earlier", request, run, outcome)
         client = await reach(settings)
         word = "found" if await is_open(client, run) else "started"
-        await session.content.put(request.tenant, data, _media(request))
+        await session.content.put(request.tenant, data, _media(request), request.subject, plainly=True)
         started = await submit(client, request, settings.temporal, title)
         if wait:
             outcome = await _outcome(session, request, started.handle.result())

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, or_, select
 
 from activities.services.beliefs import SNAPSHOT, Beliefs
 from activities.services.database import from_micros
+from activities.services.discreet import names_of, text_reader
 from activities.services.ledger_store import EVENT
 from activities.services.vectors import MEMORY
 from models.beliefs import Belief, difference
@@ -76,7 +77,8 @@ async def collect(session: Session, subject: str) -> list[Moment]:
 
 
 def _remembered(connection: Connection, tenant: str, subject: str) -> tuple[list[Moment], list[str]]:
-    about = (MEMORY.c.tenant == tenant, MEMORY.c.subject == subject, MEMORY.c.forgotten_at.is_(None))
+    called, read = names_of(connection, tenant, subject), text_reader(connection, tenant)
+    about = (MEMORY.c.tenant == tenant, MEMORY.c.subject.in_(called), MEMORY.c.forgotten_at.is_(None))
     rows = connection.execute(select(MEMORY).where(*about)).all()
     names = {row.source_event for row in rows} | {row.source for row in rows}
     changes = select(SNAPSHOT.c.event_id).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)
@@ -87,7 +89,8 @@ def _remembered(connection: Connection, tenant: str, subject: str) -> tuple[list
         Moment(
             from_micros(row.recorded_at),
             "memory",
-            f"{row.kind}{' (inferred)' if row.origin == Origin.MODEL else ''}, {row.standing}: {row.title}",
+            f"{row.kind}{' (inferred)' if row.origin == Origin.MODEL else ''}, {row.standing}: "
+            f"{read(row.title)}",
             row.record_id,
         )
         for row in rows

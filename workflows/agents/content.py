@@ -49,7 +49,7 @@ class Content(Loop):
             Declined: an article of this title stands at this address already.
         """
         tenant = self.request.tenant
-        order = OpenBrief(tenant=tenant, body=self.body, feedback=feedback)
+        order = OpenBrief(tenant=tenant, body=self.body, feedback=feedback, subject=self.request.subject)
         head: BriefHead = await self.local(Drafting.open_brief, order)
         recalled = await self.recall(Recall(tenant=tenant, query=head.query, kinds=("post", "idea")))
         earlier = head.published_already(recalled.hits)
@@ -81,7 +81,10 @@ class Content(Loop):
         outline = await self._answer(OUTLINE, inputs)
         planned = {**inputs, "outline": outline}
         sections = tuple([await self._answer(SECTION, planned, section=n) for n in range(head.sections)])
-        order = Assemble(tenant=tenant, brief=head.brief, sections=sections, feedback=feedback)
+        subject = self.request.subject
+        order = Assemble(
+            tenant=tenant, brief=head.brief, sections=sections, feedback=feedback, subject=subject
+        )
         found: Assembled = await self.local(Drafting.assemble, order)
         rewritten: list[Rewritten] = []
         for one in found.repeated:
@@ -98,6 +101,7 @@ class Content(Loop):
             metadata=await self._answer(METADATA, inputs),
             feedback=feedback,
             date=head.at or workflow.now(),
+            subject=subject,
         )
         return await self.local(Drafting.compose, compose)
 
@@ -130,4 +134,7 @@ class Content(Loop):
     def _idea(self, title: str, text: Ref) -> Memo:
         tenant, run = self.request.tenant, workflow.info().workflow_id
         record = derived_id("content", tenant, run)
-        return Memo(record_id=record, tenant=tenant, kind="idea", title=title, text=text, source=run)
+        about = self.request.subject or ""
+        return Memo(
+            record_id=record, tenant=tenant, kind="idea", title=title, text=text, source=run, subject=about
+        )

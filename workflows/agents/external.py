@@ -29,4 +29,5 @@ class External(Loop):
 
     async def propose(self, feedback: tuple[Ref, ...]) -> Proposal:
         """The proposal as it was sent; feedback is for the program that sent it."""
-        return await self.local(Reading.read_proposal, Order(tenant=self.request.tenant, body=self.body))
+        order = Order(tenant=self.request.tenant, body=self.body, subject=self.request.subject)
+        return await self.local(Reading.read_proposal, order)
