@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gzip
 import json
@@ -30,9 +31,12 @@ from models.settings import (
     TierSettings,
 )
 from models.visibility import Queue
+from scripts.commands.pending import waiting
+from scripts.commands.session import Session
 from temporal.client import Started, connect, submit
 from tests.conftest import Stack, a_key, free_port, note, settings_for, stack_of
 from tests.regional import Recorder, connections, process, stands
+from tests.shared import LIMIT
 from tests.test_agents_content import BRIEF, page
 
 MARK, UMLAUT, CONTROL = "quokkavelt", "zältweger", "wombatheim"
@@ -198,6 +202,26 @@ async def test_what_is_remembered_of_a_region_is_recalled_there_and_nowhere_else
     again = await land.article()
     outcome = await again.handle.result()
     assert outcome.status is Status.CANCELLED and "stands at" in outcome.reason
+
+
+async def test_the_centre_sees_that_a_run_waits_and_the_region_what_it_is_about(land: Land) -> None:
+    run = await land.note()
+    digest = await land.eu.digest(run)
+
+    async def listed(place: Stack) -> dict[str, Any]:
+        """The run's row, once Temporal's own list has it."""
+        session = Session(place.settings, place.database)
+        async with asyncio.timeout(LIMIT * 2):
+            while True:
+                rows = await waiting(place.client, session)
+                if found := [row for row in rows if row["workflow_id"] == run.workflow_id]:
+                    return found[0]
+                await asyncio.sleep(0.05)
+
+    seen = await listed(land.centre)
+    assert (seen["agent"], seen["title"], seen["digest"]) == ("external", "", "")
+    known = await listed(land.eu)
+    assert (known["title"], known["digest"]) == (MARK, digest)
 
 
 async def test_a_request_that_comes_to_the_wrong_place_is_refused_before_anything_is_kept(land: Land) -> None:

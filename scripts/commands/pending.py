@@ -60,7 +60,9 @@ async def _pending() -> list[dict[str, Any]]:
 async def _row(session: Session, execution: WorkflowExecution) -> dict[str, Any]:
     attributes = execution.typed_search_attributes
     since: datetime | None = attributes.get(SINCE)
-    digest = str((await execution.memo()).get(MEMO_DIGEST, ""))
+    digest = (await execution.memo()).get(MEMO_DIGEST)
+    # What is sealed under a key that is not here, such as a region's, stays sealed.
+    digest = digest if isinstance(digest, str) else ""
     return {
         "workflow_id": execution.id,
         "agent": attributes.get(AGENT) or execution.workflow_type,
