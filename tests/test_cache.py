@@ -2,10 +2,13 @@ import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlalchemy import select
 
-from activities.services.cache import FRESH, Cache, Scope, key_of, put_in, sweep_in
+from activities.services.cache import CACHE, FRESH, Cache, Scope, key_of, put_in, sweep_in
 from activities.services.database import Database
+from activities.services.leases import Leases
 from activities.services.migrations import migrate
+from activities.services.tidying import keep_tidy
 from models.inference import Answered, DataClass, Message, Prompt
 from models.loop import Ref
 
@@ -164,3 +167,43 @@ async def test_a_failure_is_shared_and_not_kept(cache):
     making = Making()
     making.go.set()
     assert await cache.once(key, making) == ANSWER
+
+
+async def test_expired_answers_are_swept_away_until_the_loop_is_told_to_stop(database, clock):
+    await put(database, key_of(SCOPE, PROMPT), seconds=1)
+    await put(database, key_of(SCOPE, PROMPT.model_copy(update={"seed": 8})), seconds=3600)
+    clock.now += timedelta(seconds=2)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def last_look():
+        loop.call_soon_threadsafe(stop.set)
+        return clock()
+
+    await keep_tidy(database, last_look, Leases(database, "one", clock), stop, pause=3600)
+    with database.engine.connect() as link:
+        assert len(link.execute(select(CACHE)).all()) == 1
+
+
+async def test_only_one_process_sweeps_and_a_fault_does_not_end_the_loop(database, clock):
+    await put(database, key_of(SCOPE, PROMPT), seconds=-1)
+    assert await Leases(database, "other", clock).take("cache sweeper", timedelta(hours=1)) is not None
+    stop = asyncio.Event()
+    taken = asyncio.Event()
+
+    class Broken(Leases):
+        tries = 0
+
+        async def take(self, name, lifetime):
+            self.tries += 1
+            if self.tries == 1:
+                raise OSError("the disk is full")
+            epoch = await super().take(name, lifetime)
+            taken.set()
+            return epoch
+
+    task = asyncio.create_task(keep_tidy(database, clock, Broken(database, "one", clock), stop, pause=0.01))
+    await taken.wait()
+    stop.set()
+    await task
+    with database.engine.connect() as link:
+        assert len(link.execute(select(CACHE)).all()) == 1

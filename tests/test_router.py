@@ -231,6 +231,13 @@ async def test_a_good_answer_is_stored_with_its_cost():
     assert (answered.model, answered.repaired, answered.problems) == ("m", False, ())
 
 
+async def test_each_tenant_has_its_own_part_of_a_servers_prefix_cache():
+    answerer, scripted = asking_with([completion("x")] * 2, task())
+    for tenant in ("acme", "other"):
+        await answerer.answer(tenant, Call(task="title"), "edge")
+    assert [prompt.cache_group for prompt in scripted.prompts] == ["acme", "other"]
+
+
 async def test_the_amount_is_unknown_without_prices():
     answerer, _ = asking_with([completion("x")], task())
     assert (await answerer.answer("acme", Call(task="title"), "edge")).cost == Cost(milliseconds=7, tokens=15)

@@ -55,6 +55,7 @@ from activities.services.residence import stores
 from activities.services.router import Answerer
 from activities.services.routes import Measurements, Routes
 from activities.services.site_server import SiteServer
+from activities.services.tidying import keep_tidy
 from activities.services.till import Till
 from activities.services.vectors import ExactVectors
 from activities.services.witnesses import witnesses
@@ -227,6 +228,8 @@ class _Composer:
             wanted=settings.tasks,
             clock=utc_now,
         )
+        sweeping = Leases(self._database, f"infer-{uuid.uuid4()}", utc_now)
+        await self._background(keep_tidy, self._database, utc_now, sweeping)
         answer = Inference(answerer).answer
         return [
             self._worker(

@@ -327,7 +327,9 @@ class Answerer:
         if tried.grant.weigh is not None:
             prompt = prompt.model_copy(update={"logprobs": True})
         try:
-            completion = await self._endpoints[tier].complete(prompt)
+            # A server's prefix cache must not tell one tenant what another one asks.
+            own = prompt.model_copy(update={"cache_group": tried.tenant})
+            completion = await self._endpoints[tier].complete(own)
         except BaseException as error:
             sign = sign_of_error(error)
             breaker.saw(sign)
