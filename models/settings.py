@@ -47,7 +47,7 @@ class TierSettings(Frozen):
     managed: bool = False
     """The launcher starts a llama.cpp server with the bundled weights at this address."""
     model: str = ""
-    """The only model accepted there; empty accepts the first one seen, for as long as a process lives."""
+    """The only model accepted there; empty accepts the first one seen, and then what answered last."""
     revision: str | None = None
     """The only revision accepted, where the server publishes one."""
     token: SecretStr | None = None

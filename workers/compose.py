@@ -32,6 +32,7 @@ from activities.ledger import Ledger
 from activities.memory import Memory
 from activities.notices import Notices, Reminders
 from activities.routing import Routing
+from activities.services.acceptance import accepted_by_use
 from activities.services.actor import Actor
 from activities.services.beliefs import Beliefs
 from activities.services.breaker import Breakers
@@ -62,7 +63,7 @@ from activities.services.witnesses import witnesses
 from activities.tiers.base import Embedder, Endpoint
 from activities.tiers.kinds import chat_endpoint
 from activities.tiers.kinds import embedder as embedding_adapter
-from activities.tiers.wire import http_client
+from activities.tiers.wire import ChatEndpoint, http_client
 from models.canonical import sha256
 from models.inference import Task
 from models.people import People
@@ -189,10 +190,7 @@ class _Composer:
         hints = Breakers(time.monotonic, random.random)
         sensing = Probes(Measurements(self._database, settings.tiers, utc_now, hints))
         brought = self._parts.endpoints
-        clients = [(tier, http_client(tier)) for tier in settings.tiers if tier.name not in brought]
-        servers = [
-            chat_endpoint(tier, await self._stack.enter_async_context(client)) for tier, client in clients
-        ]
+        servers = [await self._server(tier) for tier in settings.tiers if tier.name not in brought]
         if settings.probe:
             await self._background(keep_probed, servers, sensing.found)
         return sensing
@@ -244,8 +242,11 @@ class _Composer:
     async def _endpoint(self, tier: TierSettings) -> Endpoint:
         if tier.name in self._parts.endpoints:
             return self._parts.endpoints[tier.name]
+        return await self._server(tier)
+
+    async def _server(self, tier: TierSettings) -> ChatEndpoint:
         client = await self._stack.enter_async_context(http_client(tier))
-        return chat_endpoint(tier, client)
+        return chat_endpoint(tier, client, accepted_by_use(self._database, tier.name))
 
     async def _remember(self) -> Worker:
         settings = self._settings.embeddings

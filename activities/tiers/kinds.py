@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import httpx
 
@@ -27,9 +27,13 @@ EMBED: Mapping[str, type[Embeddings]] = {
 }
 
 
-def chat_endpoint(settings: TierSettings, client: httpx.AsyncClient) -> ChatEndpoint:
+def chat_endpoint(
+    settings: TierSettings,
+    client: httpx.AsyncClient,
+    accepted: Callable[[], Awaitable[str | None]] | None = None,
+) -> ChatEndpoint:
     """The adapter for a tier, over a client built with `wire.http_client`."""
-    return CHAT[settings.kind, settings.route](settings, client)
+    return CHAT[settings.kind, settings.route](settings, client, accepted=accepted)
 
 
 def embedder(settings: EmbeddingSettings, client: httpx.AsyncClient) -> Embeddings:

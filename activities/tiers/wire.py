@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -157,6 +157,7 @@ class ChatEndpoint:
         client: httpx.AsyncClient,
         clock: Callable[[], float] = time.monotonic,
         limits: Limits | None = None,
+        accepted: Callable[[], Awaitable[str | None]] | None = None,
     ) -> None:
         """Take the tier, a client built with `http_client`, and a clock that never goes back.
 
@@ -165,6 +166,7 @@ class ChatEndpoint:
             client: carries the requests; closed with the endpoint.
             clock: for the age of an identity and for timings.
             limits: instead of those in the settings, for tests.
+            accepted: says which model a tier without a pin was seen with before this process.
         """
         self.settings = settings
         self._client = client
@@ -172,6 +174,7 @@ class ChatEndpoint:
         self._limits = limits or Limits.of(settings)
         self._identity: tuple[str, float] | None = None
         self._first: str | None = None
+        self._accepted = accepted
 
     @property
     def name(self) -> str:
@@ -328,6 +331,8 @@ class ChatEndpoint:
         now = self._clock()
         if self._identity is None or now - self._identity[1] > IDENTITY_SECONDS:
             name = await self.identify()
+            if self._first is None and self._accepted is not None and not self.settings.model:
+                self._first = await self._accepted()
             self._accept(name)
             self._identity = (name, now)
         return self._identity[0]
