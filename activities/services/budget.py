@@ -8,17 +8,18 @@ spent and held together never exceeds the cap, whoever dies when.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, Table, bindparam, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
-from activities.services.database import Database, insert_for, to_micros
+from activities.services.additions import Addition, Key
+from activities.services.database import Database, to_micros
+from activities.services.statements import Statement
 from models.budget import Account, amount_of
 from models.errors import BudgetExceeded
 from models.tables import BudgetRow, ModelCall, ReservationRow, table
@@ -34,34 +35,34 @@ SWEEP = 100
 """Leases ended in one go; the next call ends the rest."""
 
 
-# Built once: putting a statement together takes longer than running it.
-_RESERVED = (
-    select(RESERVATION)
-    .where(RESERVATION.c.tenant == bindparam("of"), RESERVATION.c.id == bindparam("named"))
+# Given to the driver as they are: SQLAlchemy's own way of running them takes longer than the database does.
+_NAMED = (RESERVATION.c.tenant == bindparam("of")) & (RESERVATION.c.id == bindparam("named"))
+_FOUND = Statement(
+    select(
+        RESERVATION.c.state,
+        RESERVATION.c.accounts,
+        RESERVATION.c.currency,
+        RESERVATION.c.worst,
+        RESERVATION.c.spent,
+    )
+    .where(_NAMED)
     .with_for_update()
 )
-_CHANGE = update(RESERVATION).where(
-    RESERVATION.c.tenant == bindparam("of"), RESERVATION.c.id == bindparam("named")
-)
-_PAID = _CHANGE.values(state=bindparam("to"), spent=bindparam("paid"))
-_MOVE = (
+_PAID = Statement(update(RESERVATION).where(_NAMED).values(state=bindparam("to"), spent=bindparam("paid")))
+_MOVE = Statement(
     update(BUDGET)
     .where(BUDGET.c.account == bindparam("named"))
     .values(held=BUDGET.c.held + bindparam("more"), spent=BUDGET.c.spent + bindparam("paid"))
 )
-# Always in one order, so that no two transactions wait for each other.
-_ACCOUNTS = (
-    select(BUDGET).where(BUDGET.c.account.in_(bindparam("names", expanding=True))).order_by(BUDGET.c.account)
+_ACCOUNT = select(BUDGET.c.held, BUDGET.c.spent).where(BUDGET.c.account == bindparam("named"))
+_STANDING = Statement(_ACCOUNT)
+_LOCKED = Statement(_ACCOUNT.with_for_update())
+_TRIED = Statement(
+    select(CALL.c.id).where(CALL.c.reservation == bindparam("named"), CALL.c.tenant == bindparam("of"))
 )
-_LOCKED = _ACCOUNTS.with_for_update()
-_TRIED = select(CALL.c.id).where(CALL.c.reservation == bindparam("named"), CALL.c.tenant == bindparam("of"))
-
-
-@functools.cache
-def _once(table: Table, dialect: str) -> Any:
-    """An insert that leaves what stands there alone."""
-    insert = insert_for(dialect)
-    return insert(table).on_conflict_do_nothing()
+_NEW_ACCOUNTS = Addition(BUDGET)
+_NEW_RESERVATIONS = Addition(RESERVATION)
+_NEW_CALLS = Addition(CALL)
 
 
 class State(StrEnum):
@@ -105,21 +106,42 @@ class Spent:
     currency: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """What tries took; with `settle` nobody will try again, and the rest is given back."""
+
+    tenant: str
+    reservation: str | None
+    spent: Sequence[Spent] = ()
+    settle: bool = True
+
+
+_Move = tuple[Iterable[str], int, int]
+"""Accounts, and what is added to each: held, spent."""
+
+
+class _Found(NamedTuple):
+    """A reservation as it stands, locked."""
+
+    state: str
+    accounts: str
+    currency: str
+    worst: int
+    spent: int
+
+
 def opened_in(link: Connection, accounts: Sequence[Account]) -> tuple[Account, ...]:
     """The accounts as they stand, locked until the transaction ends.
 
     Leases that ran out need not be ended first: what they hold counts as spent, so that no room comes of it.
     """
-    if not accounts:
-        return ()
-    names = [one.name for one in accounts]
-    rows = link.execute(_LOCKED, {"names": names}).all()
-    if len(rows) < len(accounts):
+    found = _balances(link, _LOCKED, accounts)
+    missing = [one.name for one in accounts if one.name not in found]
+    if missing:
         # A row that is not there cannot be held, and two calls could each think they are the first.
-        new = [{"account": name, "held": 0, "spent": 0} for name in names]
-        link.execute(_once(BUDGET, link.dialect.name), new)
-        rows = link.execute(_LOCKED, {"names": names}).all()
-    return _filled(accounts, rows)
+        _NEW_ACCOUNTS.run(link, [{"account": name, "held": 0, "spent": 0} for name in missing])
+        found = _balances(link, _LOCKED, accounts)
+    return _filled(accounts, found)
 
 
 def reserve_in(link: Connection, hold: Hold, now: datetime, lease: timedelta = LEASE) -> bool:
@@ -127,24 +149,32 @@ def reserve_in(link: Connection, hold: Hold, now: datetime, lease: timedelta = L
 
     Returns whether this call did it; `False` when it is held, settled or expired already.
     """
-    row = {
+    return reserve_all_in(link, [hold], now, lease) == 1
+
+
+def reserve_all_in(link: Connection, holds: Sequence[Hold], now: datetime, lease: timedelta = LEASE) -> int:
+    """The same for several, of one tenant or many, whose ids differ; returns how many were new."""
+    ends = to_micros(now + lease)
+    new = _NEW_RESERVATIONS.run(link, [_row(hold, ends) for hold in holds])
+    made = [hold for hold in holds if (hold.tenant, hold.id) in new]
+    _move_all(link, [(hold.accounts, hold.worst, 0) for hold in made])
+    return len(made)
+
+
+def _row(hold: Hold, ends: int) -> dict[str, Any]:
+    return {
         "tenant": hold.tenant,
         "id": hold.id,
         "workflow_id": hold.workflow_id,
         "agent": hold.agent,
         "task": hold.task,
-        "state": State.HELD,
+        "state": State.HELD.value,
         "accounts": json.dumps(dict(sorted(hold.accounts.items()))),
         "currency": hold.currency,
         "worst": hold.worst,
         "spent": 0,
-        "expires_at": to_micros(now + lease),
+        "expires_at": ends,
     }
-    made = link.execute(_once(RESERVATION, link.dialect.name), row)
-    if made.rowcount != 1:
-        return False
-    _move(link, hold.accounts, held=hold.worst)
-    return True
 
 
 def resume_in(
@@ -155,7 +185,7 @@ def resume_in(
     Somebody may settle and die before saying so; tries may die until nothing is left of what was held.
     Returns the account that has no room, if there is one.
     """
-    row = link.execute(_RESERVED, {"of": tenant, "named": reservation}).first()
+    row = _found(link, tenant, reservation)
     if row is None:
         return None
     settled = row.state == State.SETTLED
@@ -205,20 +235,32 @@ def pay_in(
 
     A try that comes after the settlement was paid for all the same, and an expired reservation is set right.
     """
-    new = [one for one in spent if _noted(link, one, now)]
-    if reservation is None:
-        return
-    row = link.execute(_RESERVED, {"of": tenant, "named": reservation}).first()
+    pay_all_in(link, [Payment(tenant, reservation, spent, settle)], now)
+
+
+def pay_all_in(link: Connection, payments: Sequence[Payment], now: datetime) -> None:
+    """The same for several, in this order."""
+    called_at = to_micros(now)
+    new = _NEW_CALLS.run(link, [_call(one, called_at) for payment in payments for one in payment.spent])
+    moves = [_paid(link, payment, new) for payment in payments]
+    _move_all(link, [move for move in moves if move is not None])
+
+
+def _paid(link: Connection, payment: Payment, new: set[Key]) -> _Move | None:
+    """Put one payment on its reservation; returns what that does to its accounts."""
+    fresh = [one for one in payment.spent if (one.id,) in new]
+    # Who brings the same try twice pays once.
+    new.difference_update((one.id,) for one in fresh)
+    row = None if payment.reservation is None else _found(link, payment.tenant, payment.reservation)
     if row is None:
-        return
-    paid = sum(one.micros or 0 for one in new)
-    total = row.spent + paid
-    state = State.SETTLED if settle else State(row.state)
-    held, counted = _change(State(row.state), state, row.worst, row.spent, total)
-    if held or counted:
-        _move(link, json.loads(row.accounts), held=held, spent=counted)
-    if paid or state != row.state:
-        link.execute(_PAID, {"of": tenant, "named": reservation, "to": state, "paid": total})
+        return None
+    paid = sum(one.micros or 0 for one in fresh)
+    before, total = State(row.state), row.spent + paid
+    after = State.SETTLED if payment.settle else before
+    if paid or after is not before:
+        values = {"of": payment.tenant, "named": payment.reservation, "to": after.value, "paid": total}
+        _PAID.run(link, values)
+    return json.loads(row.accounts), *_change(before, after, row.worst, row.spent, total)
 
 
 def _change(before: State, after: State, worst: int, spent: int, total: int) -> tuple[int, int]:
@@ -232,9 +274,8 @@ def _change(before: State, after: State, worst: int, spent: int, total: int) -> 
             return (0, total - worst) if after is State.SETTLED else (0, 0)
 
 
-def _noted(link: Connection, spent: Spent, now: datetime) -> bool:
-    values = {name: getattr(spent, name) for name in Spent.__slots__} | {"called_at": to_micros(now)}
-    return link.execute(_once(CALL, link.dialect.name), values).rowcount == 1
+def _call(spent: Spent, called_at: int) -> dict[str, Any]:
+    return {name: getattr(spent, name) for name in Spent.__slots__} | {"called_at": called_at}
 
 
 def expire_in(link: Connection, now: datetime) -> int:
@@ -291,8 +332,8 @@ class Books:
         return await self._database.read(lambda link: _standing(link, accounts))
 
     def _again(self, link: Connection, hold: Hold, now: datetime) -> Account | None:
-        row = link.execute(_RESERVED, {"of": hold.tenant, "named": hold.id}).one()
-        if row.state != State.SETTLED:
+        row = _found(link, hold.tenant, hold.id)
+        if row is None or row.state != State.SETTLED:
             return None
         return resume_in(link, hold.tenant, hold.id, hold.worst, now, self._lease)
 
@@ -311,18 +352,30 @@ class Books:
 
 def tried_in(link: Connection, tenant: str, reservation: str) -> tuple[str, ...]:
     """Ids of the tries on record for a reservation."""
-    return tuple(link.execute(_TRIED, {"of": tenant, "named": reservation}).scalars())
+    return tuple(name for (name,) in _TRIED.rows(link, {"of": tenant, "named": reservation}))
+
+
+def _found(link: Connection, of: str, named: str) -> _Found | None:
+    rows = _FOUND.rows(link, {"of": of, "named": named})
+    return _Found(*rows[0]) if rows else None
 
 
 def _standing(link: Connection, accounts: Sequence[Account]) -> tuple[Account, ...]:
-    names = [one.name for one in accounts]
-    return _filled(accounts, link.execute(_ACCOUNTS, {"names": names}).all())
+    return _filled(accounts, _balances(link, _STANDING, accounts))
 
 
-def _filled(accounts: Sequence[Account], rows: Sequence[Row[Any]]) -> tuple[Account, ...]:
-    found: dict[str, Row[Any]] = {row.account: row for row in rows}
+def _balances(link: Connection, read: Statement, accounts: Sequence[Account]) -> dict[str, tuple[int, int]]:
+    """Held and spent, by name; read in one order, so that no two transactions wait for each other."""
+    found = dict[str, tuple[int, int]]()
+    for name in sorted({one.name for one in accounts}):
+        for row in read.rows(link, {"named": name}):
+            found[name] = row
+    return found
+
+
+def _filled(accounts: Sequence[Account], found: Mapping[str, tuple[int, int]]) -> tuple[Account, ...]:
     return tuple(
-        one.model_copy(update={"held": found[one.name].held, "spent": found[one.name].spent})
+        one.model_copy(update={"held": found[one.name][0], "spent": found[one.name][1]})
         if one.name in found
         else one
         for one in accounts
@@ -330,8 +383,20 @@ def _filled(accounts: Sequence[Account], rows: Sequence[Row[Any]]) -> tuple[Acco
 
 
 def _move(link: Connection, accounts: Iterable[str], held: int = 0, spent: int = 0) -> None:
-    for account in sorted(accounts):
-        link.execute(_MOVE, {"named": account, "more": held, "paid": spent})
+    _move_all(link, [(accounts, held, spent)])
+
+
+def _move_all(link: Connection, moves: Iterable[_Move]) -> None:
+    """Change accounts, each of them once."""
+    more = dict[str, tuple[int, int]]()
+    for accounts, held, spent in moves:
+        for name in accounts:
+            before = more.get(name, (0, 0))
+            more[name] = before[0] + held, before[1] + spent
+    for name in sorted(more):
+        held, spent = more[name]
+        if held or spent:
+            _MOVE.run(link, {"named": name, "more": held, "paid": spent})
 
 
 def _is(tenant: str, reservation: str) -> Any:

@@ -13,9 +13,10 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, delete, select
+from sqlalchemy import Connection, bindparam, delete, select
 
 from activities.services.database import Database, from_micros, insert_for, to_micros
+from activities.services.statements import Statement
 from models.canonical import sha256
 from models.inference import Answered, DataClass, Prompt
 from models.tables import CacheRow, table
@@ -25,6 +26,12 @@ FRESH = timedelta(seconds=1)
 """How long a process believes what it read."""
 MOST = 4096
 """Entries a process keeps."""
+
+_ENTRY = Statement(
+    select(CACHE.c.answered, CACHE.c.expires_at).where(
+        CACHE.c.tenant == bindparam("of"), CACHE.c.key == bindparam("named")
+    )
+)
 
 Key = tuple[str, str]
 """Tenant and digest."""
@@ -172,12 +179,11 @@ def sweep_in(link: Connection, now: datetime) -> int:
 
 def _read(link: Connection, key: Key, now: datetime) -> _Kept:
     tenant, digest = key
-    query = select(CACHE.c.answered, CACHE.c.expires_at).where(CACHE.c.tenant == tenant)
-    row = link.execute(query.where(CACHE.c.key == digest)).first()
-    if row is None:
+    rows = _ENTRY.rows(link, {"of": tenant, "named": digest})
+    if not rows:
         return _Kept(None, now, now)
-    answered = Answered.model_validate_json(row.answered)
-    return _Kept(answered.model_copy(update={"cached": True}), from_micros(row.expires_at), now)
+    answered = Answered.model_validate_json(rows[0][0])
+    return _Kept(answered.model_copy(update={"cached": True}), from_micros(rows[0][1]), now)
 
 
 async def _awaited(make: Callable[[], Awaitable[Answered]]) -> Answered:

@@ -15,12 +15,15 @@ the guess by its name: a short text about a person belongs to that subject.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import NamedTuple
 
 from pydantic import BaseModel
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, bindparam, select, text
 
-from activities.services.database import Database, insert_for, to_micros
+from activities.services.database import Database, to_micros
 from activities.services.regions import absent, home_of, name_in
+from activities.services.statements import Statement
+from activities.services.together import Reading
 from activities.services.vault import Keys, Sealed, Vault
 from models.canonical import canonical, sha256, subject_id
 from models.errors import InvalidInput, KeyMissing, LedgerBroken
@@ -32,6 +35,25 @@ JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 OPTION = "countersign_vault"
 BLOB = table(Blob)
+_STORED = Statement(
+    select(BLOB.c.data, BLOB.c.sealed_by).where(
+        BLOB.c.tenant == bindparam("of"), BLOB.c.digest == bindparam("named")
+    )
+)
+_COLUMNS = [column.name for column in BLOB.columns]
+# What two have in common is nobody's: erasing one of them must leave the other what is theirs.
+_PUT = Statement(
+    text(
+        f"INSERT INTO blob ({', '.join(_COLUMNS)}) VALUES (:{', :'.join(_COLUMNS)}) "
+        "ON CONFLICT (tenant, digest) DO UPDATE SET subject = NULL WHERE blob.subject IS NOT NULL "
+        "AND (excluded.subject IS NULL OR blob.subject <> excluded.subject)"
+    )
+)
+
+
+class _Stored(NamedTuple):
+    data: bytes
+    sealed_by: str | None
 
 
 class ContentStore:
@@ -40,6 +62,7 @@ class ContentStore:
     def __init__(self, database: Database) -> None:
         """Share the database with everything else, so that one commit covers a blob and its event."""
         self._database = database
+        self._reading = Reading[tuple[str, str], bytes](database, lambda link, key: get_blob(link, *key))
 
     async def put(
         self,
@@ -69,7 +92,7 @@ class ContentStore:
             KeyMissing: they are sealed, and the key is not here.
             KeyDestroyed: they were erased.
         """
-        return await self._database.read(lambda connection: get_blob(connection, tenant, ref.digest))
+        return await self._reading.get((tenant, ref.digest))
 
     async def text(self, tenant: str, ref: Ref) -> str:
         """Read UTF-8 text back."""
@@ -128,24 +151,18 @@ def put_here(
         sealed = vault.seal(connection, tenant, data, subject)
         stored, sealed_by = sealed.data, sealed.key_id
         name = name if subject is None or plainly else sha256(stored)
-    insert = insert_for(connection.dialect.name)
-    row = dict(
-        tenant=tenant,
-        digest=name,
-        media_type=media_type,
-        data_class="internal",
-        region=region,
-        stored_at=to_micros(datetime.now(UTC)),
-        data=stored,
-        sealed_by=sealed_by,
-        subject=None if subject is None else subject_id(tenant, subject),
-    )
-    fresh = insert(BLOB).values(**row)
-    # What two have in common is nobody's: erasing one of them must leave the other what is theirs.
-    shared = BLOB.c.subject.is_not(None) & BLOB.c.subject.is_distinct_from(fresh.excluded.subject)
-    connection.execute(
-        fresh.on_conflict_do_update(index_elements=["tenant", "digest"], set_={"subject": None}, where=shared)
-    )
+    row = {
+        "tenant": tenant,
+        "digest": name,
+        "media_type": media_type,
+        "data_class": "internal",
+        "region": region,
+        "stored_at": to_micros(datetime.now(UTC)),
+        "data": stored,
+        "sealed_by": sealed_by,
+        "subject": None if subject is None else subject_id(tenant, subject),
+    }
+    _PUT.run(connection, row)
     return Ref(digest=name, size=len(data), media_type=media_type)
 
 
@@ -196,12 +213,12 @@ def _peeked(connection: Connection, tenant: str, digest: str) -> bytes | None:
         return bytes(row.data)
 
 
-def _row(connection: Connection, tenant: str, digest: str) -> Row[bytes, str | None] | None:
-    here = (BLOB.c.tenant == tenant, BLOB.c.digest == digest)
-    return connection.execute(select(BLOB.c.data, BLOB.c.sealed_by).where(*here)).first()
+def _row(connection: Connection, tenant: str, digest: str) -> _Stored | None:
+    rows = _STORED.rows(connection, {"of": tenant, "named": digest})
+    return _Stored(bytes(rows[0][0]), rows[0][1]) if rows else None
 
 
-def _opened(connection: Connection, tenant: str, row: Row[bytes, str | None]) -> bytes:
+def _opened(connection: Connection, tenant: str, row: _Stored) -> bytes:
     if row.sealed_by is None:
         return bytes(row.data)
     if (vault := vault_of(connection)) is None:

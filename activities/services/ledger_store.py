@@ -125,12 +125,30 @@ def append_in(connection: Connection, wish: Append, now: datetime) -> Appended:
 
 def add_in(connection: Connection, tenant: str, draft: Draft, now: datetime) -> None:
     """Append at the end of the draft's stream; an event id that stands already is left as it is."""
+    add_all_in(connection, [(tenant, draft)], now)
+
+
+def add_all_in(connection: Connection, drafts: Sequence[tuple[str, Draft]], now: datetime) -> None:
+    """The same for several, each with its tenant, in this order."""
+    # Everybody takes the heads of several logs in one order, so that nobody waits for each other.
+    for tenant in sorted({tenant for tenant, _ in drafts}):
+        _add_to(connection, tenant, [draft for of, draft in drafts if of == tenant], now)
+
+
+def _add_to(connection: Connection, tenant: str, drafts: Sequence[Draft], now: datetime) -> None:
     head = _lock(connection, tenant)
-    if _KNOWN.rows(connection, {"log": tenant, "event": draft.event_id}):
-        return
-    last = _last_version(connection, tenant, draft.stream)
-    [told] = withheld_in(connection, tenant, (draft,))
-    _insert(connection, head, [(write(tenant, told), last + 1)], now)
+    # Of drafts with one event id the first counts.
+    own = {draft.event_id: draft for draft in reversed(drafts)}
+    known = (name for name in own if _KNOWN.rows(connection, {"log": tenant, "event": name}))
+    for name in tuple(known):
+        del own[name]
+    told = withheld_in(connection, tenant, tuple(reversed(own.values())))
+    last = _last_versions(connection, tenant, {draft.stream for draft in told})
+    rows = list[tuple[Written, int]]()
+    for draft in told:
+        last[draft.stream] += 1
+        rows.append((write(tenant, draft), last[draft.stream]))
+    _insert(connection, head, rows, now)
 
 
 def entries_in(connection: Connection, tenant: str, stream: str, after: int = 0) -> tuple[Entry, ...]:

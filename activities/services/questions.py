@@ -58,6 +58,8 @@ class Question:
 
     def needs(self, again: Prompt) -> Needs:
         """The hard constraints of a prompt that asks the same again: only its length differs."""
+        if again is self.prompt:
+            return self.own
         tokens = prompt_tokens(again) + again.max_tokens
         return self.own.model_copy(update={"context_tokens": tokens, "answer_tokens": again.max_tokens})
 

@@ -6,6 +6,7 @@ same event id gets what stands there, whatever has changed since.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,18 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, bindparam, select
 
+from activities.services.balances import Balances, body_of
 from activities.services.breaker import Breakers, Sign
-from activities.services.budget import BEGUN, Hold, expire_in, opened_in, pay_in, reserve_in
+from activities.services.budget import BEGUN, Hold, expire_in, opened_in, pay_in, reserve_all_in
 from activities.services.cache import Cache, Scope, key_of
-from activities.services.content import JSON, ContentStore, get_blob, put_here
+from activities.services.content import JSON, ContentStore, put_here
 from activities.services.database import Database
-from activities.services.ledger_store import EVENT, LedgerStore, add_in
+from activities.services.ledger_store import EVENT, LedgerStore, add_all_in, add_in
+from activities.services.statements import Statement
+from activities.services.together import together
 from models.budget import Account, Budget, accounts_of, micros
 from models.calibration import Odds
-from models.canonical import canonical, sha256
+from models.canonical import canonical, digest_of, sha256
 from models.errors import UnknownName
 from models.inference import Grant, Needs, Prompt, Task, Weigh
 from models.ledger import Draft, EventType, route_stream
@@ -60,8 +64,8 @@ FAULTS = frozenset({"TierUnavailable", "TimeoutError"})
 """Types of failure that speak of the tier."""
 
 
-_STANDING = select(EVENT.c.envelope).where(
-    EVENT.c.log_id == bindparam("log"), EVENT.c.event_id == bindparam("event")
+_STANDING = Statement(
+    select(EVENT.c.envelope).where(EVENT.c.log_id == bindparam("log"), EVENT.c.event_id == bindparam("event"))
 )
 
 
@@ -154,6 +158,11 @@ class _Asked:
     accounts: tuple[Account, ...]
     now: datetime
 
+    @property
+    def name(self) -> tuple[str, str]:
+        """What the same order has again."""
+        return self.order.tenant, self.order.event_id
+
 
 class Routes:
     """Chooses tiers for tasks."""
@@ -213,7 +222,7 @@ class Routes:
         if asked.accounts and now - self._swept >= SWEEP:
             self._swept = now
             await self._database.write(lambda link: expire_in(link, now))
-        record = await self._database.write(lambda link: self._recorded(link, asked))
+        record = await self._database.write(together(self._recorded, asked))
         self._kept.add(order.tenant)
         record.decision().raise_refusal()
         return self._routed(record, wanted, order)
@@ -235,10 +244,8 @@ class Routes:
     async def _needs(self, task: Task, order: RouteOrder, wanted: TaskSettings) -> tuple[Prompt, Needs]:
         call, tenant = order.call, order.tenant
 
-        def texts(link: Connection) -> dict[str, str]:
-            return {name: get_blob(link, tenant, ref.digest).decode() for name, ref in call.inputs.items()}
-
-        inputs = await self._database.read(texts) if call.inputs else {}
+        texts = await asyncio.gather(*(self._content.text(tenant, ref) for ref in call.inputs.values()))
+        inputs = dict(zip(call.inputs, texts, strict=True))
         prompt = task.build(inputs, call.params)
         return prompt, needs_of(task, call, prompt, inputs, wanted)
 
@@ -282,28 +289,52 @@ class Routes:
         )
         return await self._cache.get(key_of(scope, prompt)) is not None
 
-    def _recorded(self, link: Connection, asked: _Asked) -> RouteRecord:
-        """The route that stands under the order's event id; made now if there is none."""
-        order = asked.order
-        standing = _standing(link, order)
-        if standing is not None:
-            return standing
-        accounts = opened_in(link, asked.accounts)
-        snapshot = Snapshot(tiers=dict(asked.known), accounts=accounts)
-        decision = decide(asked.wish, tuple(self._tiers.values()), snapshot)
-        record = self._record(asked, snapshot, decision)
-        if record.reservation is not None:
-            reserve_in(link, _hold(asked, decision, record.reservation), asked.now)
-        if order.tenant not in self._kept:
-            # It speaks of no request, and is what a route is explained by, wherever that was chosen.
-            put_here(link, order.tenant, self._policy, JSON)
-        body = record.model_dump(mode="json", exclude_defaults=True)
-        body |= {"route": record.route.model_dump(mode="json"), "needs": record.needs.model_dump(mode="json")}
-        draft = _draft(order.workflow_id, order.event_id, EventType.ROUTE, order.agent)
-        add_in(link, order.tenant, draft.model_copy(update={"body": body}), asked.now)
-        return record
+    def _recorded(self, link: Connection, asked: Sequence[_Asked]) -> list[RouteRecord]:
+        """The routes that stand under the orders' event ids; made now where there is none."""
+        records = dict[tuple[str, str], RouteRecord]()
+        fresh = dict[tuple[str, str], _Asked]()
+        for one in asked:
+            standing = _standing(link, one.order)
+            if standing is None:
+                fresh.setdefault(one.name, one)
+            else:
+                records[one.name] = standing
+        if fresh:
+            records |= self._made(link, tuple(fresh.values()))
+        return [records[one.name] for one in asked]
 
-    def _record(self, asked: _Asked, snapshot: Snapshot, decision: Decision) -> RouteRecord:
+    def _made(self, link: Connection, fresh: Sequence[_Asked]) -> dict[tuple[str, str], RouteRecord]:
+        balances = Balances(opened_in(link, [account for one in fresh for account in one.accounts]))
+        records, holds, drafts = dict[tuple[str, str], RouteRecord](), list[Hold](), list[tuple[str, Draft]]()
+        for one in fresh:
+            record, draft, hold = self._decided(one, balances)
+            records[one.name] = record
+            drafts.append((one.order.tenant, draft))
+            if hold is not None:
+                holds.append(hold)
+        now = max(one.now for one in fresh)
+        reserve_all_in(link, holds, now)
+        for tenant in {one.order.tenant for one in fresh} - self._kept:
+            # It speaks of no request, and is what a route is explained by, wherever that was chosen.
+            put_here(link, tenant, self._policy, JSON)
+        add_all_in(link, drafts, now)
+        return records
+
+    def _decided(self, asked: _Asked, balances: Balances) -> tuple[RouteRecord, Draft, Hold | None]:
+        """One decision, its event, and the money for it, which later decisions may not count on."""
+        order = asked.order
+        snapshot = Snapshot(tiers=dict(asked.known), accounts=balances.of(asked.accounts))
+        decision = decide(asked.wish, tuple(self._tiers.values()), snapshot)
+        seen = snapshot.model_dump(mode="json", exclude_defaults=True)
+        record = self._record(asked, snapshot, decision, digest_of(seen))
+        hold = None
+        if record.reservation is not None:
+            hold = _hold(asked, decision, record.reservation)
+            balances.hold(hold)
+        draft = _draft(order.workflow_id, order.event_id, EventType.ROUTE, order.agent)
+        return record, draft.model_copy(update={"body": body_of(record, seen)}), hold
+
+    def _record(self, asked: _Asked, snapshot: Snapshot, decision: Decision, digest: str) -> RouteRecord:
         within = asked.wish.needs.within_milliseconds
         deadline = None
         if within is not None and not decision.route.queued:
@@ -316,7 +347,7 @@ class Routes:
             both=asked.wish.both,
             policy=self._digest,
             snapshot=snapshot,
-            snapshot_digest=snapshot.digest(),
+            snapshot_digest=digest,
             refused_as=decision.refused_as,
             refusal=decision.refusal,
             holds=decision.holds,
@@ -373,8 +404,8 @@ def _weigh(wanted: TaskSettings, order: RouteOrder) -> Weigh | None:
 
 
 def _standing(link: Connection, order: RouteOrder) -> RouteRecord | None:
-    envelope = link.execute(_STANDING, {"log": order.tenant, "event": order.event_id}).scalar_one_or_none()
-    return None if envelope is None else RouteRecord.model_validate(json.loads(envelope)["body"])
+    rows = _STANDING.rows(link, {"log": order.tenant, "event": order.event_id})
+    return RouteRecord.model_validate(json.loads(bytes(rows[0][0]))["body"]) if rows else None
 
 
 def _hold(asked: _Asked, decision: Decision, reservation: str) -> Hold:

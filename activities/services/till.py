@@ -10,12 +10,22 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from activities.services.budget import BEGUN, Spent, pay_in, refuse, resume_in, tried_in
+from activities.services.budget import (
+    BEGUN,
+    Payment,
+    Spent,
+    pay_all_in,
+    pay_in,
+    refuse,
+    resume_in,
+    tried_in,
+)
 from activities.services.cache import Key, put_in
 from activities.services.calibration import weigh_in
 from activities.services.content import put_blob
 from activities.services.database import Database
 from activities.services.questions import Question
+from activities.services.together import together
 from models.budget import Account, micros
 from models.errors import (
     CredentialsRejected,
@@ -65,6 +75,10 @@ class Try:
         free = refused or (attempt is not None and not attempt.sent)
         self._add(usable=False, micros=0 if free else self._worst(prompt), currency=self.tier.currency)
 
+    def payment(self, settle: bool) -> Payment:
+        """What it took."""
+        return Payment(self.tenant, self.grant.reservation, self.spent, settle)
+
     def begun(self) -> Spent:
         """That this attempt had money when it began."""
         return self._spent(self._name(self.number) + BEGUN, micros=0, currency=self.tier.currency)
@@ -111,6 +125,31 @@ class Try:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An answer that is to be kept and paid for."""
+
+    tried: Try
+    answered: Callable[[Ref], Answered]
+    text: str
+    cache: tuple[Key, int] | None
+
+    def put(self, link: Connection) -> Answered:
+        """Store its text."""
+        question, text = self.tried.question, self.text.encode()
+        ref = put_blob(link, self.tried.tenant, text, question.media_type, question.call.subject)
+        return self.answered(ref)
+
+    def note(self, link: Connection, made: Answered, now: datetime) -> None:
+        """Remember it for the calibration and for identical calls, where it is wanted there."""
+        task, weigh = self.tried.question.task.name, self.tried.grant.weigh
+        if weigh is not None:
+            weigh_in(link, self.tried.tenant, weigh, task, made, now)
+        if self.cache is not None:
+            key, seconds = self.cache
+            put_in(link, key, made, task, now + timedelta(seconds=seconds))
+
+
 class Till:
     """Where answers are kept and paid for, each in one transaction."""
 
@@ -123,21 +162,17 @@ class Till:
         self, tried: Try, answered: Callable[[Ref], Answered], text: str, cache: tuple[Key, int] | None
     ) -> Answered:
         """Store the text, note and settle what it took, and keep it for identical calls."""
+        return await self._database.write(together(self._keep, _Kept(tried, answered, text, cache)))
 
-        def work(link: Connection) -> Answered:
-            question = tried.question
-            subject = question.call.subject
-            made = answered(put_blob(link, tried.tenant, text.encode(), question.media_type, subject))
-            # Where the next tier is asked too, it is paid from the same money.
-            self._pay(link, tried, settle=not made.unsure)
-            if tried.grant.weigh is not None:
-                weigh_in(link, tried.tenant, tried.grant.weigh, tried.question.task.name, made, self._clock())
-            if cache is not None:
-                key, seconds = cache
-                put_in(link, key, made, tried.question.task.name, self._clock() + timedelta(seconds=seconds))
-            return made
-
-        return await self._database.write(work)
+    def _keep(self, link: Connection, kept: Sequence[_Kept]) -> list[Answered]:
+        made = [one.put(link) for one in kept]
+        now = self._clock()
+        # Where the next tier is asked too, it is paid from the same money.
+        paid = [one.tried.payment(settle=not its.unsure) for one, its in zip(kept, made, strict=True)]
+        pay_all_in(link, paid, now)
+        for one, its in zip(kept, made, strict=True):
+            one.note(link, its, now)
+        return made
 
     async def resume(self, tried: Try) -> None:
         """Count what earlier attempts took that died with their process, and see that there is money left.
@@ -174,4 +209,4 @@ class Till:
             await self._database.write(lambda link: self._pay(link, tried, settle))
 
     def _pay(self, link: Connection, tried: Try, settle: bool) -> None:
-        pay_in(link, tried.tenant, tried.grant.reservation, tried.spent, self._clock(), settle)
+        pay_all_in(link, [tried.payment(settle)], self._clock())
