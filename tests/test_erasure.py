@@ -63,9 +63,9 @@ class Index:
 
 
 class Place:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, url: str = "") -> None:
         self.folder = folder
-        url = Settings(data=folder).database_url
+        url = url or Settings(data=folder).database_url
         migrate(url)
         self.database = Database(url)
         self.content = ContentStore(self.database)

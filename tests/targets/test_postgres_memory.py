@@ -7,7 +7,7 @@ import itertools
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, make_url, text
 from activities.services.database import Database
 from activities.services.migrations import migrate
 from activities.services.vectors import ExactVectors
-from tests import test_memory, test_vectors, test_words
+from tests import test_erasure, test_memory, test_vectors, test_words
 from tests.test_memory import Place
 from tests.test_vectors import Stand
 
@@ -25,8 +25,12 @@ pytest.importorskip("psycopg")
 pytestmark = pytest.mark.real
 SCRIPT = Path(__file__).parents[2] / "scripts" / "targets" / "postgres.sh"
 FIXTURES = {"place", "database", "stand"}
-OWN_DATABASE = {"test_another_process_writing_and_forgetting_is_seen_by_the_next_search"}
-"""It names a file."""
+OWN_DATABASE = {
+    "test_another_process_writing_and_forgetting_is_seen_by_the_next_search",
+    "test_nothing_of_an_erased_subject_is_left_in_any_store_or_file",
+    "test_the_command_line_searches_counts_tells_and_forgets",
+}
+"""They name or read files."""
 
 
 def _same(module: ModuleType) -> dict[str, object]:
@@ -39,7 +43,8 @@ def _same(module: ModuleType) -> dict[str, object]:
     }
 
 
-globals().update(_same(test_memory) | _same(test_words) | _same(test_vectors))
+ERASING = _same(test_erasure)
+globals().update(ERASING | _same(test_memory) | _same(test_words) | _same(test_vectors))
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +89,14 @@ def fresh(server: str) -> str:
 
 
 @pytest.fixture
-def place(fresh: str) -> Iterator[Place]:
-    made = Place(fresh)
+async def place(
+    fresh: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> AsyncIterator[Place | test_erasure.Place]:
+    if request.function.__name__ in ERASING:
+        made = test_erasure.Place(tmp_path, fresh)
+        await made.fill()
+    else:
+        made = Place(fresh)
     yield made
     made.database.close()
 
