@@ -47,6 +47,7 @@ from activities.services.indexing import keep_indexed, keep_swept
 from activities.services.intents import Intents
 from activities.services.leases import Leases
 from activities.services.ledger_store import LedgerStore
+from activities.services.loads import Loads
 from activities.services.memory_store import MemoryStore, Vectors
 from activities.services.notices import Noticing, channels
 from activities.services.probe import Probes, keep_probed
@@ -69,7 +70,8 @@ from models.inference import Task
 from models.people import People
 from models.regions import misplaced, served
 from models.settings import Settings, TierSettings
-from models.visibility import Queue, Role, queue_of
+from models.visibility import Queue, Role, infer_queue, queue_of
+from temporal.backlog import Backlog
 from workers import registry
 from workflows.beliefs import BeliefOwner
 from workflows.unknown import Unknown
@@ -185,10 +187,14 @@ class _Composer:
         )
 
     async def _sensing(self) -> Probes:
-        """What is known of the tiers: measured by earlier calls, and tried out once at start."""
+        """What is known of the tiers: measured by earlier calls, waiting in line, and tried out at start."""
         settings = self._settings
         hints = Breakers(time.monotonic, random.random)
-        sensing = Probes(Measurements(self._database, settings.tiers, utc_now, hints))
+        measured = Measurements(self._database, settings.tiers, utc_now, hints)
+        queue = functools.partial(infer_queue, region=settings.region)
+        loads = Loads(measured, settings.tiers, queue, Backlog(self._client).line, time.monotonic)
+        self._stack.push_async_callback(loads.close)
+        sensing = Probes(loads)
         brought = self._parts.endpoints
         servers = [await self._server(tier) for tier in settings.tiers if tier.name not in brought]
         if settings.probe:
