@@ -7,30 +7,29 @@ sorted with care goes that way.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
 from datetime import datetime
 from json.encoder import encode_basestring
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from models.canonical import MAX_SAFE_INTEGER, canonical
 from models.ledger import Draft
 
+_AS_THEY_ARE = frozenset((str, bool, type(None)))
 _JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-@dataclass(slots=True)
-class Written:
+class Written(NamedTuple):
     """A draft on its way into one log."""
 
     draft: Draft
-    _before: str
-    _after: str
+    before: str
+    """The bytes as far as its place and time."""
+    after: str
 
     def at(self, seq: int, version: int, moment: str) -> bytes:
         """The envelope at this place of its log and stream."""
         there = f'"recorded_at":{encode_basestring(moment)},"seq":{seq},'
-        return f'{self._before}{there}{self._after}"version":{version}}}'.encode()
+        return f'{self.before}{there}{self.after}"version":{version}}}'.encode()
 
 
 def write(log: str, draft: Draft) -> Written:
@@ -68,17 +67,22 @@ def _body(draft: Draft) -> str:
     return canonical(draft.model_dump(mode="json", include={"body"})["body"]).decode()
 
 
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if value is None or kind is str or kind is bool:
-        return True
-    if kind is int:
-        return -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER
-    if kind is dict:
-        named = cast(dict[Any, Any], value)
-        return all(type(name) is str and name.isascii() for name in named) and _are_plain(named.values())
-    return kind is list and _are_plain(value)
+def _is_plain(body: dict[str, Any]) -> bool:
+    """Whether JSON's own encoder writes it as it must stand."""
+    waiting: list[Any] = [body]
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if kind is dict:
+            if not all(map(_is_name, cast(dict[Any, Any], value))):
+                return False
+            waiting.extend(value.values())
+        elif kind is list:
+            waiting.extend(value)
+        elif not (kind in _AS_THEY_ARE or (kind is int and abs(value) <= MAX_SAFE_INTEGER)):
+            return False
+    return True
 
 
-def _are_plain(values: Iterable[Any]) -> bool:
-    return all(type(value) is str or _is_plain(value) for value in values)
+def _is_name(key: Any) -> bool:
+    return type(key) is str and key.isascii()
