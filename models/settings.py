@@ -13,6 +13,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from models.budget import Budget, same_scope
 from models.channels import ChannelSettings, mistake
 from models.inference import DataClass
+from models.knowledge import PrewarmSettings
 from models.loop import Assurance, Frozen, Name
 from models.orders import Pace
 from models.people import Person, PersonId
@@ -307,6 +308,8 @@ class Settings(Frozen):
     region: Name | None = None
     """The one whose requests this process serves; `None` is the centre, which holds digests of theirs."""
     schedules: tuple[ScheduleSettings, ...] = ()
+    prewarm: tuple[PrewarmSettings, ...] = ()
+    """Subjects whose beliefs and records are ready before anybody asks."""
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
     otlp_endpoint: str | None = None
 

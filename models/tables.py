@@ -351,6 +351,17 @@ class CacheRow(SQLModel, table=True):
     expires_at: int = Field(sa_type=BIG, index=True)
 
 
+class ShortTermUse(SQLModel, table=True):
+    """How often the short-term caches of all processes had the answer, by day."""
+
+    __tablename__ = "short_term_use"  # pyright: ignore[reportAssignmentType]
+    day: int = Field(primary_key=True)
+    """Counted from the year 1, in UTC."""
+    hits: int = Field(default=0, sa_type=BIG)
+    misses: int = Field(default=0, sa_type=BIG)
+    warmed: int = Field(default=0, sa_type=BIG)
+
+
 def table(model: type[SQLModel]) -> Table:
     """The Core table of a model, for statements that name columns."""
     return SQLModel.metadata.tables[str(model.__tablename__)]

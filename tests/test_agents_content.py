@@ -7,7 +7,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from activities.services.beliefs import Beliefs
 from activities.tiers.scripted import Scripted
+from models.beliefs import Change, Value
 from models.errors import InvalidInput
 from models.gate import Kind
 from models.inference import Prompt
@@ -17,7 +19,7 @@ from models.settings import ContentSettings, SiteSettings, TemporalSettings, Tie
 from models.visibility import Role
 from temporal.client import Started, submit
 from tests.conftest import ROLES, Stack, a_key, free_port, settings_for, stack_of
-from workers.compose import Parts
+from workers.compose import Parts, utc_now
 
 BRIEF = """---
 title: Winter hours of the bakery
@@ -153,3 +155,29 @@ async def test_a_brief_that_cannot_be_read_fails_the_run_with_the_remedy(site: S
         await run.handle.result()
     cause = str(caught.value.__cause__)
     assert "slug: '../winter' is not accepted" in cause or InvalidInput.__name__ in cause
+
+
+async def test_what_is_believed_of_the_subject_is_what_the_article_rests_on(site: Stack) -> None:
+    beliefs = Beliefs(site.database, utc_now)
+
+    async def believe(event: str, open_at: str) -> None:
+        sets: dict[str, Value] = {"opens": open_at}
+        change = Change(tenant="default", agent="content", subject="bakery-1", event=event, sets=sets)
+        assert (await beliefs.change(change)).won
+
+    await believe("e1", "7:00")
+    body = await site.content.put("default", BRIEF.encode(), "text/markdown; charset=utf-8")
+    request = Request(agent="content", key=a_key(), body=body, subject="bakery-1")
+    run = await submit(site.client, request, site.settings.temporal)
+    first = await site.digest(run)
+    await believe("e2", "8:00")
+    assert (await site.answer(run, Kind.APPROVE, first)).counted
+    again = await site.digest(run, number=2)
+    assert "opens: 7:00 -> 8:00" in await run.handle.query("card")
+    await site.answer(run, Kind.APPROVE, again)
+    assert (await run.handle.result()).status is Status.EXECUTED
+    proposed = [event.body for event in await site.events(run) if event.type is EventType.PROPOSAL]
+    versions = [
+        one["version"] for body in proposed for one in body["evidence"] if "belief:" in one["reference"]
+    ]
+    assert versions == ["1", "2"]

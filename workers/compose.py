@@ -10,11 +10,12 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
+from opentelemetry.metrics import get_meter
 from temporalio.client import Client
 from temporalio.worker import Worker
 
@@ -28,6 +29,7 @@ from activities.connectors.null import Null
 from activities.content import Drafting
 from activities.external import External
 from activities.inference import Inference
+from activities.knowledge import Knowledge
 from activities.ledger import Ledger
 from activities.memory import Memory
 from activities.notices import Notices, Reminders
@@ -45,6 +47,7 @@ from activities.services.database import Database
 from activities.services.identities import Identities
 from activities.services.indexing import keep_indexed, keep_swept
 from activities.services.intents import Intents
+from activities.services.knowing import Knowing, keep_known
 from activities.services.leases import Leases
 from activities.services.ledger_store import LedgerStore
 from activities.services.loads import Loads
@@ -56,6 +59,7 @@ from activities.services.requests import Requests
 from activities.services.residence import stores
 from activities.services.router import Answerer
 from activities.services.routes import Measurements, Routes
+from activities.services.short_term import ShortTerm, metered
 from activities.services.site_server import SiteServer
 from activities.services.tidying import keep_tidy
 from activities.services.till import Till
@@ -75,9 +79,12 @@ from temporal.backlog import Backlog
 from workers import registry
 from workflows.beliefs import BeliefOwner
 from workflows.unknown import Unknown
+from workflows.upkeep import Upkeep
 
 Clock = Callable[[], datetime]
 DIMENSIONS_WITHOUT_MODEL = 384
+KEPT_SHORTLY, SHORT_TERM = 1000, timedelta(minutes=10)
+"""Answers about subjects that a process keeps, and for how long without anybody asking."""
 
 
 @functools.cache
@@ -169,22 +176,33 @@ class _Composer:
         )
         external = External(self._content)
         believing = Believing(Beliefs(database, utc_now))
+        knowledge = Knowledge(await self._knowing())
         activities = [
             *(ledger.admit, ledger.record, ledger.present, ledger.conclude, approvals.identify),
             Reminders().remind_at,
             *(routing.route, routing.fell, external.read_proposal),
             *(believing.own, believing.deliver, believing.read),
+            *(knowledge.know, knowledge.prewarm),
             *(drafting.open_brief, drafting.assemble, drafting.compose, drafting.nothing),
             *(planning.open_week, planning.gather, planning.choose),
             *self._parts.activities,
         ]
-        agents = [*registry.agents(), *self._parts.agents, BeliefOwner, Unknown]
+        agents = [*registry.agents(), *self._parts.agents, BeliefOwner, Upkeep, Unknown]
         return self._worker(
             queue_of(Queue.DECIDE, settings.region),
             activities,
             workflows=agents,
             sticky_queue_schedule_to_start_timeout=settings.temporal.sticky_timeout,
         )
+
+    async def _knowing(self) -> Knowing:
+        """What agents know of subjects, had ready for what settings name."""
+        settings = self._settings
+        short = ShortTerm(KEPT_SHORTLY, SHORT_TERM, utc_now, metered(get_meter("countersign")))
+        looks = (look for one in settings.prewarm for look in one.looks(settings.tenant))
+        knowing = Knowing(self._database, short, utc_now, looks)
+        await self._background(keep_known, knowing)
+        return knowing
 
     async def _sensing(self) -> Probes:
         """What is known of the tiers: measured by earlier calls, waiting in line, and tried out at start."""

@@ -15,6 +15,7 @@ from models.errors import InvalidInput
 from models.inference import Task
 from models.settings import Settings
 from workflows.loop import Loop
+from workflows.upkeep import UPKEEP
 
 
 def agents() -> tuple[type[Loop], ...]:
@@ -26,6 +27,11 @@ def agents() -> tuple[type[Loop], ...]:
     names = sorted(module.name for module in pkgutil.iter_modules(workflows.agents.__path__))
     found = [agent for name in names for agent in _agents_of(name)]
     return _distinct(found)
+
+
+def scheduled() -> frozenset[str]:
+    """What a schedule may name: every agent, and upkeep."""
+    return frozenset({agent.SPEC.name for agent in agents()} | {UPKEEP})
 
 
 def tasks(settings: Settings) -> dict[str, Task]:

@@ -6,11 +6,31 @@ Held in this process only: bounded, with a time to live, computed once however m
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum
 from typing import Any
+
+from opentelemetry.metrics import Meter
+
+
+class Use(StrEnum):
+    """How an answer came about."""
+
+    HIT = "hit"
+    MISS = "miss"
+    WARMED = "warmed"
+
+
+Told = Callable[[Use], None]
+
+
+def metered(meter: Meter) -> Told:
+    """Counts every use under its name in OpenTelemetry."""
+    counter = meter.create_counter("countersign.short_term", description="Answers of the short-term cache")
+    return lambda use: counter.add(1, {"use": use.value})
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +67,21 @@ class _Entry:
 class ShortTerm:
     """Answers by key; used from one event loop."""
 
-    def __init__(self, capacity: int, lasting: timedelta, clock: Callable[[], datetime]) -> None:
-        """Keep at most `capacity` answers, each for `lasting`."""
+    def __init__(
+        self, capacity: int, lasting: timedelta, clock: Callable[[], datetime], told: Told | None = None
+    ) -> None:
+        """Keep at most `capacity` answers, each for `lasting`; `told` hears of every use."""
         self._capacity = capacity
         self._lasting = lasting
         self._clock = clock
         self._entries: OrderedDict[Key, _Entry] = OrderedDict()
-        self._hits = self._misses = self._warmed = 0
+        self._told = told
+        self._used: Counter[Use] = Counter()
 
     @property
     def rate(self) -> Rate:
         """How often it had the answer; pre-warming does not count as asking."""
-        return Rate(self._hits, self._misses, self._warmed)
+        return Rate(self._used[Use.HIT], self._used[Use.MISS], self._used[Use.WARMED])
 
     def __len__(self) -> int:
         """How many answers there are, over-aged ones included."""
@@ -68,9 +91,9 @@ class ShortTerm:
         """The answer, made if there is none; a failure is not kept."""
         entry = self._alive(key)
         if entry is not None:
-            self._hits += 1
+            self._count(Use.HIT)
             return await asyncio.shield(entry.answer)
-        self._misses += 1
+        self._count(Use.MISS)
         return await self._make(key, make)
 
     async def warm(self, wanted: Iterable[tuple[Key, Callable[[], Awaitable[Any]]]]) -> int:
@@ -79,8 +102,8 @@ class ShortTerm:
         for key, make in wanted:
             if self._alive(key) is None:
                 await self._make(key, make)
+                self._count(Use.WARMED)
                 made += 1
-        self._warmed += made
         return made
 
     def drop(self, tenant: str, subject: str) -> int:
@@ -90,9 +113,22 @@ class ShortTerm:
             del self._entries[key]
         return len(gone)
 
+    def held(self) -> tuple[Key, ...]:
+        """What there are answers to, over-aged ones included."""
+        return tuple(self._entries)
+
+    def discard(self, key: Key) -> bool:
+        """Forget one answer; whether there was one."""
+        return self._entries.pop(key, None) is not None
+
     def holds(self, tenant: str, subject: str) -> int:
         """How many answers there are about a subject."""
         return sum((key.tenant, key.subject) == (tenant, subject) for key in self._entries)
+
+    def _count(self, use: Use) -> None:
+        self._used[use] += 1
+        if self._told is not None:
+            self._told(use)
 
     def _alive(self, key: Key) -> _Entry | None:
         entry = self._entries.get(key)

@@ -14,6 +14,7 @@ from rich.table import Table
 from sqlalchemy import Connection, func, select
 
 from activities.services.erasure import Erasure
+from activities.services.knowing import use_of
 from activities.services.leases import Leases
 from activities.services.memory_store import MemoryStore
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
@@ -82,21 +83,28 @@ def search(
 
 @memory.command(epilog=EXPLAINED)
 def stats(as_json: Json = False) -> None:
-    """Count what is remembered, and what waits for a vector, a merge or the index."""
+    """Count what is remembered, what waits for a vector, a merge or the index, and short-term hits."""
 
     async def run(parts: Parts) -> dict[str, Any]:
         tenant = parts.session.tenant
         counts = await parts.session.database.read(lambda link: _counts(link, tenant))
         merges = len(await parts.store.merges(tenant))
         behind = await parts.index.behind(parts.model) if parts.index else 0
-        return counts | {"merge_proposals": merges, "index_behind": behind}
+        use = await parts.session.database.read(lambda link: use_of(link, utc_now()))
+        counts |= {"merge_proposals": merges, "index_behind": behind}
+        return counts | {
+            "short_term_hits": use.hits,
+            "short_term_misses": use.misses,
+            "short_term_prewarmed": use.warmed,
+            "short_term_hit_permille": use.permille,
+        }
 
     found = _with(run)
     if as_json:
         said(found)
         return
     for name, count in found.items():
-        console().print(f"{name:<24} {count}")
+        console().print(f"{name:<24} {'unknown' if count is None else count}")
 
 
 @memory.command(epilog=EXPLAINED)

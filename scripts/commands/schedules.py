@@ -29,8 +29,8 @@ schedules = typer.Typer(
 @schedules.command(epilog=EXPLAINED)
 def apply(as_json: Json = False) -> None:
     """Create, change and delete schedules until Temporal holds those of the settings."""
-    agents = {agent.SPEC.name for agent in registry.agents()}
-    changed = _with(lambda each, settings: each.apply(settings.schedules, agents))
+    known = registry.scheduled()
+    changed = _with(lambda each, settings: each.apply(settings.schedules, known))
     if as_json:
         said([one.model_dump(mode="json") for one in changed])
         return

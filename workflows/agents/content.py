@@ -15,14 +15,19 @@ from activities.content import (
     OpenBrief,
     Rewritten,
 )
+from activities.knowledge import Knowledge
 from models.agent import AgentSpec
 from models.canonical import derived_id
 from models.drafting import METADATA, OUTLINE, PARAPHRASE, SECTION
 from models.errors import Declined, OutputInvalid
 from models.inference import Call, Param
+from models.knowledge import Known, look_about
 from models.loop import Action, Cost, Evidence, Outcome, Proposal, Ref, Request, Status
 from models.memory import Memo, Recall, Recalled
 from workflows.loop import Loop
+
+KNOWS = "content-knows-its-subject"
+"""Since then it looks up what is known of the request's subject before it drafts."""
 
 
 @workflow.defn(name="content")
@@ -51,6 +56,7 @@ class Content(Loop):
         tenant = self.request.tenant
         order = OpenBrief(tenant=tenant, body=self.body, feedback=feedback, subject=self.request.subject)
         head: BriefHead = await self.local(Drafting.open_brief, order)
+        known = await self._known()
         recalled = await self.recall(Recall(tenant=tenant, query=head.query, kinds=("post", "idea")))
         earlier = head.published_already(recalled.hits)
         if earlier is not None:
@@ -58,7 +64,7 @@ class Content(Loop):
             raise Declined(f"{head.title!r} stands at {where} already; give it another title or slug")
         draft = await self._draft(head, feedback)
         self._memo = self._idea(draft.title, draft.text)
-        return self._proposal_of(head, draft, recalled)
+        return self._proposal_of(head, draft, recalled, known)
 
     def keepsakes(self, outcome: Outcome) -> tuple[Memo, ...]:
         """A published article is a post; whatever else was drafted stays an idea."""
@@ -72,6 +78,14 @@ class Content(Loop):
         kind = "post" if outcome.status is Status.EXECUTED and links else "idea"
         source = outcome.digest or outcome.workflow_id
         return (self._memo.model_copy(update={"kind": kind, "links": links, "source": source}),)
+
+    async def _known(self) -> tuple[Evidence, ...]:
+        """What is known of the request's subject; if that changes, people are asked again."""
+        look = look_about(self.request.tenant, self.SPEC.name, self.request.subject)
+        if look is None or not workflow.patched(KNOWS):
+            return ()
+        known: Known = await self.local(Knowledge.know, look)
+        return known.evidence()
 
     async def _draft(self, head: BriefHead, feedback: tuple[Ref, ...]) -> Composed:
         """Outline, sections, other words for what repeats, metadata; then code puts it together."""
@@ -112,7 +126,10 @@ class Content(Loop):
             # Code's own outline, notes and choices stand in for an answer of no use, and the card says so.
             return await self.local(Drafting.nothing, Nothing(tenant=self.request.tenant))
 
-    def _proposal_of(self, head: BriefHead, draft: Composed, recalled: Recalled) -> Proposal:
+    def _proposal_of(
+        self, head: BriefHead, draft: Composed, recalled: Recalled, known: tuple[Evidence, ...]
+    ) -> Proposal:
+        found = (Evidence(reference=hit.record_id, version=hit.version) for hit in recalled.hits)
         blind = (f"memory answered only in part: {recalled.degraded}",) if recalled.degraded else ()
         action = Action(
             connector=head.site,
@@ -125,7 +142,7 @@ class Content(Loop):
             title=draft.title,
             actions=(action,),
             reasons=draft.reasons,
-            evidence=tuple(Evidence(reference=hit.record_id, version=hit.version) for hit in recalled.hits),
+            evidence=tuple(dict.fromkeys((*known, *found))),
             estimated=Cost(tokens=head.estimated_tokens, milliseconds=head.estimated_milliseconds),
             concerns=(*head.closeness(recalled.hits), *blind, *head.concerns, *draft.concerns),
             not_before=head.at,
