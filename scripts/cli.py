@@ -32,6 +32,7 @@ PLACES = {
     "schedules": "schedules",
     "ledger": "ledger",
     "codec": "codec",
+    "vault": "vault",
     "route": "route",
     "memory": "memory",
     "beliefs": "beliefs",
@@ -95,3 +96,7 @@ def countersign(
 def main() -> None:
     """Run the command line."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,7 @@ from temporal.search_attributes import register
 from workers import config
 
 TEMPORAL = "temporal"
+CODEC = "codec"
 LOCAL = ("127.0.0.1", "localhost", "::1")
 POLL_SECONDS = 0.05
 MODEL_TIMEOUT = 180.0
@@ -102,6 +103,8 @@ def children(settings: Settings, kept: Path, grace: float = 15.0) -> list[Child]
     """Every process, with `kept` as the settings file the workers read."""
     parts = [_model(name, kind, tiers, settings, grace) for name, kind, tiers in _models(settings)]
     before: tuple[str, ...] = ()
+    if has_codec(settings):
+        parts.append(_codec(settings, kept, grace))
     if settings.temporal.managed:
         parts.append(_temporal(settings, grace))
         before = (TEMPORAL,)
@@ -112,6 +115,8 @@ def addresses(settings: Settings) -> dict[str, str]:
     """Where to look, by name."""
     found = {f"site {site.name}": site.address for site in settings.sites}
     found["logs"] = str(log_folder(settings))
+    if has_codec(settings):
+        found["sealed payloads"] = f"{codec_address(settings)}/signin"
     if settings.temporal.managed:
         host, _ = dev_server.endpoint(settings.temporal.address)
         ui = f"http://{host}:{settings.temporal.ui_port}/namespaces/{settings.temporal.namespace}/workflows"
@@ -177,6 +182,8 @@ def ports(settings: Settings) -> list[Port]:
         host, number = dev_server.endpoint(settings.temporal.address)
         found += [Port("temporal.address", host, number)]
         found += [Port("temporal.ui_port", host, settings.temporal.ui_port)]
+    if has_codec(settings):
+        found += [Port("encryption.server.port", "127.0.0.1", settings.sealing.server.port)]
     if "desk" in settings.roles:
         served = (site for site in settings.sites if site.serve)
         found += [_port(f"sites.{site.name}.address", site.address) for site in served]
@@ -254,8 +261,37 @@ def _temporal(settings: Settings, grace: float) -> Child:
     async def ready(pid: int) -> None:
         await dev_server.wait_ready(settings.temporal, dev_server.search_attributes())
 
-    argv = dev_server.argv(dev_server.binary(), settings.temporal, settings.data)
+    codec = codec_address(settings) if has_codec(settings) else ""
+    argv = dev_server.argv(dev_server.binary(), settings.temporal, settings.data, codec)
     return Child(TEMPORAL, argv, ready, grace=grace)
+
+
+def has_codec(settings: Settings) -> bool:
+    """Whether the codec server is started: payloads are sealed, and it has a token and a port."""
+    server = settings.sealing.server
+    return settings.sealing.enabled and server.token is not None and server.port != 0
+
+
+def codec_address(settings: Settings) -> str:
+    """Where the codec server listens."""
+    return f"http://127.0.0.1:{settings.sealing.server.port}"
+
+
+def _codec(settings: Settings, kept: Path, grace: float) -> Child:
+    async def ready(pid: int) -> None:
+        async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+            while not await _signs_in(settings, client):  # noqa: ASYNC110 - as for a model
+                await asyncio.sleep(POLL_SECONDS)
+
+    argv = (sys.executable, "-m", "scripts.cli", "codec")
+    return Child(CODEC, argv, ready, env={config.SNAPSHOT: str(kept)}, grace=grace)
+
+
+async def _signs_in(settings: Settings, client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get(f"{codec_address(settings)}/signin")).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def _role(role: str, settings: Settings, kept: Path, after: tuple[str, ...], grace: float) -> Child:

@@ -71,6 +71,7 @@ class Key:
     """A key that signs notes under a name."""
 
     def __init__(self, text: str) -> None:
+        self.text = text.strip()
         self.name, short, encoded = text.strip().split("+", 2)
         data = b64decode(encoded, validate=True)
         self.hash = hashlib.sha256(self.name.encode() + b"\n" + data).digest()[:4]
@@ -89,6 +90,15 @@ class Key:
         except (ValueError, InvalidSignature):
             return False
         return data[:4] == self.hash and b64encode(data).decode() == line[len(start) :]
+
+
+def successors(body: Plain, keys: list[Key]) -> list[Key]:
+    """The key that takes the place of one of these; it must have signed that."""
+    text = f"countersign key.rotated/1\n{body.get('old')}\n{body.get('new')}\n".encode()
+    old = [key for key in keys if body.get("purpose") == "ledger" and key.text == body.get("old")]
+    for key in old:
+        key.public.verify(b64decode(body["by_old"], validate=True), text)
+    return [Key(body["new"])] if old else []
 
 
 def read_note(note: str) -> tuple[str, int, bytes]:
@@ -300,7 +310,7 @@ class Check:
     """One pass over an export."""
 
     def __init__(self, keys: list[Key], old: list[str]) -> None:
-        self.keys, self.old = keys, [read_note(note) for note in old]
+        self.keys, self.old = list(keys), [read_note(note) for note in old]
         self.wrong: list[tuple[int, str]] = []
         self.gaps: list[str] = []
         self.header: Plain | None = None
@@ -361,6 +371,10 @@ class Check:
                 self._find("what stands beside the event does not fit its bytes", seq)
             for what in (*self._order(event, seq, tenant), *self.conduct.take(event)):
                 self._find(what, seq)
+            if event["type"] == "key.rotated":
+                self.keys += successors(event["body"], self.keys)
+        except InvalidSignature:
+            self._find("a key that is trusted did not sign who follows it", seq)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._find(f"the event cannot be read: {type(error).__name__}", seq)
         for _, size, root in self.old:

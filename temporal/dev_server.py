@@ -58,8 +58,8 @@ async def version(program: Path) -> str:
     return found.group().strip() if found else "unknown"
 
 
-def argv(program: Path, settings: TemporalSettings, data: Path) -> tuple[str, ...]:
-    """The command that serves `settings.address` from `<data>/temporal.db`."""
+def argv(program: Path, settings: TemporalSettings, data: Path, codec: str = "") -> tuple[str, ...]:
+    """The command that serves `settings.address` from `<data>/temporal.db`; its UI asks the codec, if any."""
     host, port = endpoint(settings.address)
     return (
         str(program),
@@ -70,6 +70,7 @@ def argv(program: Path, settings: TemporalSettings, data: Path) -> tuple[str, ..
         *_repeat("--sqlite-pragma", WRITE_AHEAD),
         *_repeat("--dynamic-config-value", DYNAMIC),
         *_repeat("--search-attribute", (f"{name}={kind}" for name, kind in search_attributes().items())),
+        *(("--ui-codec-endpoint", codec) if codec else ()),
         *("--log-level", "warn", "--ui-disable-news-fetch", "--disable-config-file", "--disable-config-env"),
     )
 

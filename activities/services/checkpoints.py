@@ -27,11 +27,13 @@ from activities.services.database import Database, insert_for
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.witnesses import Witness
+from models.canonical import sha256
 from models.errors import ConnectorUnavailable, CountersignError, InvalidInput, LedgerBroken, UnknownName
 from models.tables import Checkpoint, table
 
 CHECKPOINT = table(Checkpoint)
 KEY_FILE = Path("keys") / "ledger.pem"
+NEXT_FILE = Path("keys") / "ledger-next.pem"
 log = logging.getLogger(__name__)
 
 
@@ -170,7 +172,25 @@ def load_key(data: Path) -> Ed25519PrivateKey:
     Raises:
         InvalidInput: others may read it, or it is no Ed25519 key.
     """
-    path = data / KEY_FILE
+    return _loaded(data / KEY_FILE)
+
+
+def next_key(data: Path) -> Ed25519PrivateKey:
+    """The key that is to sign after this one; the same until it takes over, however often it is asked for."""
+    return _loaded(data / NEXT_FILE)
+
+
+def take_over(data: Path) -> Path:
+    """Let the next key sign from now on; returns where the old one is kept."""
+    old = load_key(data).public_key().public_bytes_raw()
+    kept = data / KEY_FILE.with_name(f"ledger-{sha256(old)[:8]}.pem")
+    with suppress(FileExistsError):
+        os.link(data / KEY_FILE, kept)
+    os.replace(data / NEXT_FILE, data / KEY_FILE)
+    return kept
+
+
+def _loaded(path: Path) -> Ed25519PrivateKey:
     if not path.exists():
         _make_key(path)
     if path.stat().st_mode & 0o077:

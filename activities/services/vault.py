@@ -10,6 +10,7 @@ import hmac
 import os
 import stat
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, Row, func, select
 
 from activities.services.database import insert_for
 from models.errors import InvalidInput, KeyDestroyed, KeyMissing, LedgerBroken
@@ -216,10 +217,18 @@ class Vault:
         connection.execute(KEY.update().where(*here).values(**gone))
         return key_id
 
+    @property
+    def current(self) -> str:
+        """Id of the master key that wraps from now on."""
+        return self._keys.current
+
     def rewrap(self, connection: Connection) -> int:
         """Wrap every data key under the current master key; the blobs stay as they are. Returns how many."""
-        old = (KEY.c.wrapped_by != self._keys.current, KEY.c.destroyed_at.is_(None))
-        rows = connection.execute(select(KEY).where(*old)).all()
+        return sum(self.rewrapped(connection).values())
+
+    def rewrapped(self, connection: Connection, limit: int | None = None) -> Counter[tuple[str, str]]:
+        """The same for at most so many; how many, by tenant and the master key they were under."""
+        rows = connection.execute(select(KEY).where(*self._behind()).limit(limit)).all()
         for row in rows:
             secret = self._unwrapped(row)
             connection.execute(
@@ -227,7 +236,14 @@ class Vault:
                 .where(*_at(row.tenant, row.subject_key_id))
                 .values(**self._wrapped(row.tenant, row.subject_key_id, secret))
             )
-        return len(rows)
+        return Counter((row.tenant, row.wrapped_by) for row in rows)
+
+    def behind(self, connection: Connection) -> int:
+        """How many data keys another master key than the current one wraps."""
+        return connection.execute(select(func.count()).select_from(KEY).where(*self._behind())).scalar_one()
+
+    def _behind(self) -> tuple[Any, Any]:
+        return KEY.c.wrapped_by != self._keys.current, KEY.c.destroyed_at.is_(None)
 
     def _standing(self, connection: Connection, tenant: str, key_id: str) -> bytes:
         row = _row(connection, tenant, key_id)

@@ -16,6 +16,7 @@ from activities.services import merkle
 from activities.services.checkpoints import CHECKPOINT
 from activities.services.conduct import Conduct
 from activities.services.erased import Erased
+from activities.services.key_life import successor
 from activities.services.ledger_export import (
     CHUNK,
     Gone,
@@ -33,7 +34,7 @@ from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, is_signed, read_checkpoint
 from models.canonical import sha256
 from models.errors import InvalidInput
-from models.ledger import Event
+from models.ledger import Event, EventType
 from models.loop import Frozen
 
 MANY = 100
@@ -186,9 +187,19 @@ class Verifier:
 
     def _judged(self, event: Event) -> list[str]:
         try:
-            return [*self._conduct.take(event), *self._erased.take(event)]
+            return [*self._conduct.take(event), *self._erased.take(event), *self._handed_over(event)]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             return [f"it, or what it rests on, cannot be read: {type(error).__name__}"]
+
+    def _handed_over(self, event: Event) -> Iterator[str]:
+        """A key that is trusted may name the one that signs from here on."""
+        if event.type is EventType.KEY_ROTATED:
+            try:
+                follows = successor(event.body, self._keys)
+            except InvalidInput as error:
+                yield error.message
+            else:
+                self._keys += (follows,) if follows is not None else ()
 
     def _note(self, text: str) -> None:
         try:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
+from sqlalchemy import Connection
 
+from activities.services.key_life import log_rotation, people_changes
 from activities.services.signatures import fingerprint, unusable
 from activities.services.tenants import tenants_of
 from models.card import visible
-from models.errors import Unavailable
+from models.errors import InvalidInput, Unavailable
 from models.people import Key
 from models.policy import policy_digest
 from models.settings import Settings
@@ -20,9 +23,19 @@ from scripts.commands.session import Json, console, opened, said, utc_now
 from workers import config
 
 
-def people(as_json: Json = False) -> None:
+def people(
+    record: Annotated[
+        bool, typer.Option("--record", help="Log which keys were added, changed, revoked or removed since.")
+    ] = False,
+    as_: Annotated[str | None, typer.Option("--as", help="Who changed them, for --record.")] = None,
+    as_json: Json = False,
+) -> None:
     """List who may answer: their roles, and their keys with what is wrong with them."""
-    found = people_of(config.load(), utc_now())
+    settings = config.load()
+    if record:
+        _recorded(settings, as_, as_json)
+        return
+    found = people_of(settings, utc_now())
     if as_json:
         said(found)
         return
@@ -36,6 +49,30 @@ def people(as_json: Json = False) -> None:
         keys = [f"{key['fingerprint']} ({key['state']})" for key in one["keys"]]
         table.add_row(visible(one["person"]), ", ".join(one["roles"]) or "none", "\n".join(keys) or "none")
     console().print(table)
+
+
+def _recorded(settings: Settings, as_: str | None, as_json: bool) -> None:
+    who = as_ or settings.approver
+    if not who:
+        raise InvalidInput.field("--as", "nothing", "say who you are, or set approver in countersign.toml")
+    changes = asyncio.run(_record(settings, who))
+    if as_json:
+        said(changes)
+        return
+    for one in changes:
+        console().print(f"{one['change']:<8} {one['key']} of {visible(one['person'])}")
+    console().print(f"{len(changes)} changes of keys recorded")
+
+
+async def _record(settings: Settings, who: str) -> list[dict[str, Any]]:
+    def work(link: Connection) -> list[dict[str, Any]]:
+        changes = people_changes(link, settings.tenant, settings.people)
+        for change in changes:
+            log_rotation(link, settings.tenant, who, utc_now(), change)
+        return changes
+
+    async with opened(settings) as session:
+        return await session.database.write(work)
 
 
 def tenants(as_json: Json = False) -> None:

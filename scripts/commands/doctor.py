@@ -13,8 +13,7 @@ import sys
 import tempfile
 from base64 import urlsafe_b64decode
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
-from enum import StrEnum
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -32,33 +31,14 @@ from activities.services.migrations import state
 from models.errors import InvalidInput, Unavailable
 from models.settings import EmbeddingSettings, Settings, TierSettings
 from scripts import stack
+from scripts.commands.findings import Finding, Health
+from scripts.commands.keys import look_at_keys
 from temporal import dev_server
 from workers import config
 
 FREE_BYTES = 500_000_000
 """Logs, a year of decisions and the converted weights fit."""
 ANSWER_SECONDS = 3.0
-
-
-class Health(StrEnum):
-    """How one thing stands."""
-
-    OK = "ok"
-    ABSENT = "absent"
-    """Not there, and something else is used."""
-    FAILED = "failed"
-    """`countersign up` cannot start like this."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    health: Health
-    found: str
-    use: str = ""
-    """What will be used, or what to do."""
 
 
 Look = Callable[[Settings], Awaitable[list[Finding]]]
@@ -89,7 +69,10 @@ async def examine(environ: Mapping[str, str] | None = None, folder: Path | None 
     except InvalidInput as error:
         return [_python(), Finding("settings", Health.FAILED, error.message, "correct them")]
     first = [_python(), Finding("settings", Health.OK, str(chosen or "shipped defaults"))]
-    looks: tuple[Look, ...] = (_programs, _temporal, _weights, _data, _database, _ports, _servers)
+    looks: tuple[Look, ...] = (
+        *(_programs, _temporal, _weights, _data, _database),
+        *(look_at_keys, _ports, _servers),
+    )
     return first + [finding for look in looks for finding in await look(settings)]
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from models.card import visible
 from models.ledger import Event, EventType
-from scripts.commands.ledger_proofs import checkpoint, export, key, prove, verify
+from scripts.commands.ledger_proofs import checkpoint, export, key, prove, rotate, verify
 from scripts.commands.session import Json, Session, console, opened
 from scripts.exits import EXPLAINED
 from workers import config
@@ -22,7 +22,7 @@ ALL = 2**31
 ledger = typer.Typer(
     no_args_is_help=True, epilog=EXPLAINED, help="Read what stands in the ledger, and prove it."
 )
-for proving in (prove, export, checkpoint, key):
+for proving in (prove, export, checkpoint, key, rotate):
     ledger.command(epilog=EXPLAINED)(proving)
 ledger.command(epilog="Exit codes: 0 sound, 1 tampered, 2 something is missing.")(verify)
 SHOWN = (

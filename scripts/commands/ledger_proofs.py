@@ -11,8 +11,17 @@ from pathlib import Path
 from typing import Annotated, TextIO
 
 import typer
+from sqlalchemy import Connection
 
-from activities.services.checkpoints import Checkpoints, last_note, load_key, proof_of
+from activities.services.checkpoints import (
+    Checkpoints,
+    last_note,
+    load_key,
+    next_key,
+    proof_of,
+    take_over,
+)
+from activities.services.key_life import handed_over, log_rotation, predecessors
 from activities.services.ledger_export import Item, of_database, of_lines, to_lines
 from activities.services.ledger_formats import to_ocsf, to_prov
 from activities.services.notes import NoteKey
@@ -97,10 +106,51 @@ def key() -> None:
     typer.echo(str(_key(settings)))
 
 
+def rotate(
+    as_: Annotated[str | None, typer.Option("--as", help="Who asks for it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sign with a new key from now on; the old one signs that it follows, and its file is kept.
+
+    Restart the workers afterwards: those that run sign with the old key until then, which stays valid.
+    """
+    settings = config.load()
+    who = as_ or settings.approver
+    if not who:
+        raise InvalidInput.field("--as", "nothing", "say who you are, or set approver in countersign.toml")
+    old, new = asyncio.run(_rotate(settings, who))
+    if as_json:
+        said({"old": str(old), "new": str(new)})
+    else:
+        typer.echo(
+            f"{new}\nthe key until now: {old}\nrestart the workers; give the new key to those who check"
+        )
+
+
+async def _rotate(settings: Settings, who: str) -> tuple[NoteKey, NoteKey]:
+    async with opened(settings) as session:
+        await _signer(session).write(session.tenant)
+        old, new = load_key(settings.data), next_key(settings.data)
+        origin = settings.ledger.origin
+
+        def log(link: Connection, tenant: str) -> None:
+            body = handed_over(old, new, f"{origin}/{tenant}")
+            log_rotation(link, tenant, who, utc_now(), body, name=body["new"])
+
+        for tenant in await _signer(session).tenants():
+            await session.database.write(lambda link, tenant=tenant: log(link, tenant))
+        before = _key(settings)
+        take_over(settings.data)
+        await _signer(session).write(session.tenant)
+        return before, _key(settings)
+
+
 async def _verify(settings: Settings, keys: list[NoteKey], old: list[str]) -> Report:
     async with opened(settings) as session:
         signer = _signer(session)
-        keys = keys or [signer.key(session.tenant)]
+        now = signer.key(session.tenant)
+        before = await session.database.read(lambda link: predecessors(link, session.tenant, now))
+        keys = keys or [now, *before]
         old = old or list(await signer.newest_witnessed(session.tenant))
         tenant, origin = session.tenant, _key(settings).name
         return await session.database.read(lambda link: check_database(link, tenant, origin, keys, old))
