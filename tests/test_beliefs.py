@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from sqlalchemy import select, update
+from temporalio.client import WorkflowFailureError
 
 from activities.services.beliefs import HEAD, SNAPSHOT, Beliefs, belief_stream
 from activities.services.database import Database
@@ -34,7 +35,7 @@ from models.canonical import canonical
 from models.errors import InvalidInput, LedgerBroken, UnknownName
 from models.gate import Kind
 from models.loop import Status
-from tests.conftest import a_key, note
+from tests.conftest import a_key, note, policy, settings_for, stack_of
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 WHO = ("default", "pricing", "sku-1")
@@ -234,8 +235,38 @@ async def test_an_approval_of_a_belief_that_changed_is_asked_again_showing_the_d
     again = await stack.digest(run, number=2)
     assert stack.notes() == []
     assert "price: 10 -> 12" in await run.handle.query("card")
-    await stack.answer(run, Kind.REJECT, again)
-    assert (await run.handle.result()).status is Status.REJECTED
+    assert (await stack.answer(run, Kind.APPROVE, again)).counted
+    assert (await run.handle.result()).status is Status.EXECUTED
+    assert len(stack.notes()) == 1
+
+
+async def test_what_changed_again_while_it_was_asked_again_is_asked_once_more(stack):
+    beliefs = Beliefs(stack.database, lambda: datetime.now(UTC))
+    first = Change(tenant="default", agent="external", subject="sku-3", event="e1", sets={"price": "10"})
+    belief = (await beliefs.change(first)).belief
+    run = await stack.propose(a_key(), note(), evidence=[evidence(belief, "price").model_dump()])
+    for number, price in enumerate(("12", "14"), 1):
+        digest = await stack.digest(run, number)
+        await beliefs.change(first.model_copy(update={"event": f"then {number}", "sets": {"price": price}}))
+        assert (await stack.answer(run, Kind.APPROVE, digest)).counted
+    third = await stack.digest(run, number=3)
+    assert "price: 10 -> 14" in await run.handle.query("card")
+    await stack.answer(run, Kind.APPROVE, third)
+    assert (await run.handle.result()).status is Status.EXECUTED
+
+
+async def test_where_nobody_is_asked_a_changed_belief_ends_the_run(temporal, tmp_path):
+    alone = settings_for(temporal, tmp_path, policy=policy(automatic=True, remind_seconds=None))
+    async with stack_of(alone) as stack:
+        beliefs = Beliefs(stack.database, lambda: datetime.now(UTC))
+        first = Change(tenant="default", agent="external", subject="sku-4", event="e1", sets={"price": "10"})
+        belief = (await beliefs.change(first)).belief
+        await beliefs.change(first.model_copy(update={"event": "e2", "sets": {"price": "12"}}))
+        run = await stack.propose(a_key(), note(), evidence=[evidence(belief, "price").model_dump()])
+        with pytest.raises(WorkflowFailureError) as failure:
+            await run.handle.result()
+        assert "price: 10 -> 12" in str(failure.value.cause)
+        assert stack.notes() == []
 
 
 async def test_an_approval_stands_while_only_other_fields_of_the_belief_changed(stack):

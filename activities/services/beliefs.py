@@ -35,7 +35,7 @@ from models.beliefs import (
 from models.canonical import canonical, derived_id, sha256
 from models.errors import InvalidInput, LedgerBroken, LedgerConflict, UnknownName
 from models.ledger import Draft, EventType
-from models.loop import Intent
+from models.loop import Evidence, Intent, Proposal
 from models.tables import BeliefHead, BeliefSnapshot, table
 
 HEAD = table(BeliefHead)
@@ -224,15 +224,29 @@ def belief_in(
 
 def stale_in(connection: Connection, intent: Intent) -> str | None:
     """Which belief an intent rests on that has changed since, and how; `None` if all stand."""
-    for one in intent.proposal.evidence:
-        if (read := read_evidence(one)) is None:
-            continue
-        subject, version, fields = read
-        now = belief_in(connection, intent.tenant, intent.proposer, subject)
-        changed = stale_fields(version, fields, now)
-        if changed:
-            return _told(connection, now, version, changed)
-    return None
+    proposal = intent.proposal
+    changed = (_since(connection, intent.tenant, intent.proposer, one) for one in proposal.evidence)
+    return next((text for _, text in changed if text), None)
+
+
+def renewed_in(connection: Connection, tenant: str, proposal: Proposal) -> tuple[Proposal, tuple[str, ...]]:
+    """A proposal that rests on beliefs as they stand now, and in words what has changed in them."""
+    seen = [_since(connection, tenant, proposal.agent, one) for one in proposal.evidence]
+    evidence = tuple(
+        one.model_copy(update={"version": str(now)}) if text else one
+        for one, (now, text) in zip(proposal.evidence, seen, strict=True)
+    )
+    return proposal.model_copy(update={"evidence": evidence}), tuple(text for _, text in seen if text)
+
+
+def _since(connection: Connection, tenant: str, agent: str, one: Evidence) -> tuple[int, str]:
+    """The version that stands of a belief that is evidence, and what has changed in it; else nothing."""
+    if (read := read_evidence(one)) is None:
+        return 0, ""
+    subject, version, fields = read
+    now = belief_in(connection, tenant, agent, subject)
+    changed = stale_fields(version, fields, now)
+    return now.version, _told(connection, now, version, changed) if changed else ""
 
 
 def _told(connection: Connection, now: Belief, version: int, changed: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
+from activities.services.beliefs import renewed_in
 from activities.services.content import get_blob, put_blob, put_model
 from activities.services.database import Database
 from activities.services.grants import give_back, take_use
@@ -14,6 +15,7 @@ from activities.services.ledger_store import append_in, entries_in
 from activities.services.requests import last_intent
 from models.canonical import sha256
 from models.card import full_card, short_card
+from models.errors import PreconditionLost
 from models.ledger import Draft
 from models.loop import Intent, Use
 from models.orders import Presentation, Presented
@@ -39,6 +41,7 @@ def _present(connection: Connection, presentation: Presentation, now: datetime) 
     tenant = presentation.append.tenant
     texts = {ref: get_blob(connection, tenant, ref).decode() for ref in _texts(presentation)}
     use = _use(connection, presentation)
+    presentation = _up_to_date(connection, presentation, asked=use is None)
     intent = _bind(presentation, use, card_digest="0" * 64)
     full = full_card(intent, texts)
     intent = intent.model_copy(update={"card_digest": sha256(full.encode())})
@@ -63,6 +66,28 @@ def _present(connection: Connection, presentation: Presentation, now: datetime) 
 def _texts(presentation: Presentation) -> list[str]:
     reasons = presentation.proposal.reasons
     return [plan.diff.digest for plan in presentation.plans] + ([reasons.digest] if reasons else [])
+
+
+def _up_to_date(connection: Connection, presentation: Presentation, asked: bool) -> Presentation:
+    """Put again, a proposal rests on what is believed now, and people are shown what has changed in it.
+
+    The first time it is as its agent made it: if that has changed, the agent is to think again first.
+
+    Raises:
+        PreconditionLost: it has changed, and nobody would be asked.
+    """
+    if presentation.number == 1:
+        return presentation
+    proposal, changed = renewed_in(connection, presentation.append.tenant, presentation.proposal)
+    if not changed:
+        return presentation
+    if not asked or passes_alone(presentation.policy.gate, presentation.plans):
+        raise PreconditionLost(
+            f"evidence: {changed[0][:200]}; nobody is asked, so decide again and send it anew"
+        )
+    concerns = dict.fromkeys((*(text[:300] for text in changed), *proposal.concerns))
+    renewed = proposal.model_copy(update={"concerns": tuple(concerns)})
+    return presentation.model_copy(update={"proposal": renewed})
 
 
 def _use(connection: Connection, presentation: Presentation) -> Use | None:
