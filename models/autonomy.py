@@ -143,6 +143,8 @@ class Tally:
         match body.get("kind"):
             case Kind.APPROVE:
                 run.approved = True
+                # Nobody approved it who had to; it says nothing of what people would approve.
+                run.settled = run.settled or bool(body.get("break_glass"))
             case Kind.REVISE:
                 self._count(run, "revised")
             case Kind.REJECT:

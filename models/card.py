@@ -42,6 +42,18 @@ def answer_json(digest: str) -> str:
     return json.dumps({"digest": digest, "approver": "YOUR-NAME"})
 
 
+def review_card(digest: str) -> str:
+    """What the UI shows once somebody has gone ahead alone."""
+    answer = json.dumps({"digest": digest, "approver": "YOUR-NAME", "review": True})
+    return "\n".join(
+        [
+            "### Done by breaking the glass, and to be reviewed",
+            "Send Signal `approve` if that was right, or `reject` (with a `comment`), with this JSON:",
+            *fenced(answer, "json"),
+        ]
+    )
+
+
 def visible(text: str) -> str:
     """Control, bidirectional and zero-width characters shown as their code points."""
     return "".join(_shown(character) for character in text)

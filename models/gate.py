@@ -10,94 +10,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
-from pydantic import AwareDatetime, Field, StringConstraints, ValidationError
+from pydantic import ValidationError
 
-from models.canonical import Digest, sha256
+from models.answers import ANYBODY, Answer, Identity, Kind, Refusal, Verdict, recorded
+from models.canonical import Digest
+from models.glass import glass_fault, glass_holds
 from models.ledger import Entry, EventType
-from models.loop import Assurance, Frozen, GateRule, Intent, Name, Ref
+from models.loop import Assurance, Frozen, GateRule, Intent, Name
 from models.policy import counts, passes_alone, risk
 
-
-class Kind(StrEnum):
-    """The four answers."""
-
-    APPROVE = "approve"
-    REJECT = "reject"
-    REVISE = "revise"
-    DELEGATE = "delegate"
-
-
 LEVELS = tuple(Assurance)
-
-Person = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
-"""How somebody is called; never blank, or nobody could answer for them."""
-
-
-class Answer(Frozen):
-    """What a person sends: the digest they read, who they say they are, and why."""
-
-    digest: Digest
-    approver: Person
-    comment: str = Field(default="", max_length=4000)
-    """For revise: the feedback the agent gets."""
-    to: Person | None = None
-    """For delegate: who should answer instead."""
-    until: AwareDatetime | None = None
-    """For delegate: when that ends, and whoever it was handed to may not answer any more."""
-    role: Name | None = None
-    nonce: str | None = Field(default=None, pattern=r"^[0-9a-f]{16,64}$")
-    issued_at: AwareDatetime | None = None
-    expires_at: AwareDatetime | None = None
-    signature: str | None = Field(default=None, max_length=4000)
-    """Of the statement that these fields make, by `ssh-keygen -Y sign`."""
-
-
-class Identity(Frozen):
-    """Who answered, as far as it could be established."""
-
-    assurance: Assurance = Assurance.CLAIMED
-    roles: tuple[Name, ...] | None = None
-    """The roles they have; `None` when no people are configured, and any may be claimed."""
-    key: str | None = None
-    """Fingerprint of the key that signed."""
-    field: str = ""
-    remedy: str = ""
-    """Why the answer cannot count, whatever it says."""
-
-
-ANYBODY = Identity()
-"""Who answers where no people are configured."""
-
-
-class Verdict(Frozen):
-    """An answer that was given to one intent."""
-
-    kind: Kind
-    digest: Digest
-    approver: str
-    assurance: Assurance = Assurance.CLAIMED
-    comment: Ref | None = None
-    to: str | None = None
-    until: AwareDatetime | None = None
-    role: Name | None = None
-    key: str | None = None
-    nonce: str | None = None
-    issued_at: AwareDatetime | None = None
-    expires_at: AwareDatetime | None = None
-    signature: str | None = None
-    comment_sha256: Digest | None = None
-    """With the fields above, what was signed can be put together and checked again."""
-
-
-class Refusal(Frozen):
-    """Why an answer does not count, and what would."""
-
-    kind: Kind
-    field: str
-    remedy: str
-    approver: str = "unknown"
 
 
 class Judged(Frozen):
@@ -172,7 +96,7 @@ def judge(
         )
     if now > closes_at:
         return refuse("digest", f"the intent expired at {closes_at.isoformat()}; start the request again")
-    fault = _unfit(kind, answer, intent.gate, identity) or _partial(kind, answer, intent, now)
+    fault = unfit(kind, answer, intent, identity) or _partial(kind, answer, intent, now)
     if fault is not None:
         return refuse(*fault)
     verdicts = tuple(counted)
@@ -181,27 +105,22 @@ def judge(
     fault = _not_theirs(kind, answer, intent.gate, verdicts, now) or _repeated(kind, answer, verdicts)
     if fault is not None:
         return refuse(*fault)
-    return Verdict(
-        kind=kind,
-        digest=digest,
-        approver=answer.approver,
-        assurance=identity.assurance,
-        to=answer.to,
-        until=answer.until,
-        role=answer.role,
-        key=identity.key,
-        **_signed_parts(answer, identity),
-    )
+    return recorded(kind, answer, identity)
 
 
-def _unfit(kind: Kind, answer: Answer, rule: GateRule, identity: Identity) -> tuple[str, str] | None:
+def unfit(kind: Kind, answer: Answer, intent: Intent, identity: Identity) -> tuple[str, str] | None:
     """Field and remedy when this person, so known, may not give this answer."""
+    rule = intent.gate
     if identity.remedy:
         return identity.field, identity.remedy
     if answer.role is not None and identity.roles is not None and answer.role not in identity.roles:
         return "role", f"you have the roles {', '.join(identity.roles) or 'none'}; answer in one of them"
     if LEVELS.index(identity.assurance) < LEVELS.index(rule.assurance):
         return "signature", f"policy wants a {rule.assurance} answer; use --sign KEY"
+    if answer.break_glass:
+        return glass_fault(kind, answer, intent, identity)
+    if answer.review:
+        return None
     if rule.roles and kind is Kind.APPROVE and answer.role not in rule.roles:
         return "role", f"answer with one of the roles {', '.join(rule.roles)}"
     return None
@@ -209,6 +128,8 @@ def _unfit(kind: Kind, answer: Answer, rule: GateRule, identity: Identity) -> tu
 
 def _partial(kind: Kind, answer: Answer, intent: Intent, now: datetime) -> tuple[str, str] | None:
     """Field and remedy when who wants it would also be who lets it happen."""
+    if answer.break_glass:
+        return None
     if kind is Kind.APPROVE and _wants_it(intent, answer.approver):
         return "approver", "whoever asked for it cannot approve it; somebody else has to"
     if kind is not Kind.DELEGATE:
@@ -233,6 +154,8 @@ def _not_theirs(
     kind: Kind, answer: Answer, rule: GateRule, verdicts: Sequence[Verdict], now: datetime
 ) -> tuple[str, str] | None:
     """Field and remedy when the question is in somebody else's hands."""
+    if answer.break_glass:
+        return None
     if kind is Kind.REJECT and answer.role is not None and answer.role in rule.veto_roles:
         return None
     hands = _hands(verdicts, now)
@@ -257,18 +180,6 @@ def _sure_enough(verdict: Verdict, rule: GateRule) -> bool:
     return LEVELS.index(verdict.assurance) >= LEVELS.index(rule.assurance)
 
 
-def _signed_parts(answer: Answer, identity: Identity) -> dict[str, Any]:
-    if identity.assurance is not Assurance.SIGNED:
-        return {}
-    return {
-        "nonce": answer.nonce,
-        "issued_at": answer.issued_at,
-        "expires_at": answer.expires_at,
-        "signature": answer.signature,
-        "comment_sha256": sha256(answer.comment.encode()),
-    }
-
-
 def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
     """What counted verdicts, in the order in which they were recorded, amount to."""
     if is_automatic(intent):
@@ -279,7 +190,11 @@ def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
             return Standing.REJECTED
         if verdict.kind is Kind.REVISE:
             return Standing.REVISED
-        if verdict.kind is not Kind.APPROVE or _wants_it(intent, verdict.approver):
+        if verdict.kind is not Kind.APPROVE:
+            continue
+        if verdict.break_glass and glass_holds(intent, verdict):
+            return Standing.PASSED
+        if verdict.break_glass or _wants_it(intent, verdict.approver):
             continue
         if _sure_enough(verdict, intent.gate):
             approvals[verdict.approver.casefold()] = verdict.role
@@ -406,7 +321,8 @@ def _outrun(entries: Iterable[Entry], digest: str) -> str | None:
             continue
         verdict = Verdict.model_validate(entry.body)
         ended = _hands(before, entry.recorded_at).ended
-        if verdict.kind is Kind.APPROVE and verdict.approver.casefold() in ended:
+        counts = verdict.kind is Kind.APPROVE and not verdict.break_glass
+        if counts and verdict.approver.casefold() in ended:
             return f"the delegation to {verdict.approver} had ended when their answer was recorded"
         before.append(verdict)
     return None

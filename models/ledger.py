@@ -24,6 +24,8 @@ class EventType(StrEnum):
     REMINDER = "reminder"
     VERDICT = "verdict"
     REFUSAL = "refusal"
+    REVIEW = "review"
+    """What somebody else thinks of what was done by breaking the glass."""
     GATE = "gate"
     ROUTE = "route"
     FALLBACK = "fallback"

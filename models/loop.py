@@ -146,7 +146,7 @@ class Proposal(Frozen):
 
 
 class Change(Frozen):
-    """A number that an action moves, as the connector's dry run read it: from what stands to what is asked."""
+    """A number that an action moves, as the dry run read it: from what stands there to what is asked."""
 
     what: str = Field(min_length=1, max_length=120)
     old: Count
@@ -243,6 +243,24 @@ class Rung(Frozen):
     """Channels that hear of it from then on."""
 
 
+class BreakGlass(Frozen):
+    """Who may go ahead alone when it cannot wait, and who says afterwards whether that was right."""
+
+    classes: tuple[Reversibility, ...] = Field(min_length=1)
+    """By the gravest class in the intent; what is not named cannot go ahead so."""
+    roles: tuple[Name, ...] = Field(default=("break_glass",), min_length=1)
+    reviewers: int = Field(default=1, ge=1, le=20)
+    """Other people who have to find it right."""
+    review_roles: tuple[Name, ...] = ()
+    """A review counts in one of them; empty means anybody who had no part in it."""
+    review_seconds: int = Field(default=86400, ge=1)
+    """How long they have, from the answer; the alarm is raised then, and once more after as long again."""
+    notify: tuple[Name, ...] = ()
+    """Channels that hear of it at once."""
+    alarm: tuple[Name, ...] = Field(min_length=1)
+    """Channels that hear of a review that is late."""
+
+
 class GateRule(Frozen):
     """Which verdicts an intent needs."""
 
@@ -278,6 +296,8 @@ class GateRule(Frozen):
     """Channels that hear of it too, without starting the clock."""
     ladder: tuple[Rung, ...] = ()
     """Who else hears of it while nobody answers."""
+    break_glass: BreakGlass | None = None
+    """Without it nobody may go ahead alone."""
     keep_partial: bool = False
     """Keep what was applied when a later action fails, instead of compensating it."""
 

@@ -78,12 +78,16 @@ class Statement(Frozen):
     to: PersonId | None = None
     until: AwareDatetime | None = None
     """When a delegation ends."""
+    break_glass: bool = False
+    """It goes ahead without the others."""
+    review: bool = False
+    """It is about what was done so."""
     comment_sha256: Digest
     nonce: str = Field(min_length=16, max_length=64, pattern=r"^[0-9a-f]+$")
     issued_at: AwareDatetime
     expires_at: AwareDatetime
 
     def bytes(self) -> bytes:
-        """RFC 8785 bytes; `until` only where it is said, so that what was signed before it existed holds."""
-        without = {"until"} if self.until is None else set[str]()
+        """RFC 8785 bytes; later fields only where they say something, so what was signed before holds."""
+        without = {name for name in ("until", "break_glass", "review") if not getattr(self, name)}
         return canonical(self.model_dump(mode="json", exclude=without))

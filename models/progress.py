@@ -9,7 +9,7 @@ from typing import Any
 
 from models.gate import Kind, Standing, Verdict, closes_at, standing
 from models.ledger import Entry, EventType
-from models.loop import Intent, Outcome, Receipt, Ref
+from models.loop import BreakGlass, Intent, Outcome, Receipt, Ref
 from models.notices import INBOX
 
 
@@ -46,6 +46,13 @@ class Progress:
     """Actions of the open intent that are to be taken back."""
     undo_reason: str = ""
     outcome: Outcome | None = None
+    broken: list[Verdict] = field(default_factory=list[Verdict])
+    """Answers that went ahead without the others."""
+    broken_at: datetime | None = None
+    reviews: list[Verdict] = field(default_factory=list[Verdict])
+    """What others thought of that."""
+    alarms: int = 0
+    """That the review is late."""
     _actions: list[Any] = field(default_factory=list[Any])
 
     def take(self, entries: Iterable[Entry]) -> None:
@@ -65,6 +72,12 @@ class Progress:
         counts = (at for name, at in self.deliveries.items() if name in intent.gate.channels)
         return closes_at(intent, min(counts, default=None))
 
+    def reviewing(self, glass: BreakGlass) -> bool:
+        """Whether somebody broke the glass, and others have yet to say enough about it."""
+        if not self.broken or any(one.kind is Kind.REJECT for one in self.reviews):
+            return False
+        return len(self.reviews) < glass.reviewers
+
     def _take(self, entry: Entry) -> None:
         body = entry.body
         match entry.type:
@@ -75,21 +88,35 @@ class Progress:
             case EventType.DELIVERY | EventType.NOTICE_FAILED:
                 self._notice(entry.type, body)
             case EventType.REMINDER:
-                self.reminders += 1
-                self.reminded_at = datetime.fromisoformat(body["at"]) if "at" in body else None
+                self._remind(body)
             case EventType.VERDICT:
-                self._count(Verdict.model_validate(body))
+                self._count(Verdict.model_validate(body), entry.recorded_at)
             case EventType.GATE:
                 self.automatic = body["standing"] == Standing.PASSED
                 self.expired = body["standing"] == Standing.EXPIRED
             case EventType.DRIFT:
                 self._drift(body)
+            case _:
+                self._end(entry)
+
+    def _end(self, entry: Entry) -> None:
+        match entry.type:
             case EventType.COMPENSATION:
-                self.undoing, self.undo_reason = tuple(body["actions"]), str(body["reason"])
+                self.undoing = tuple(entry.body["actions"])
+                self.undo_reason = str(entry.body["reason"])
             case EventType.OUTCOME:
-                self.outcome = Outcome.model_validate(body)
+                self.outcome = Outcome.model_validate(entry.body)
+            case EventType.REVIEW:
+                self.reviews.append(Verdict.model_validate(entry.body))
             case _:
                 pass
+
+    def _remind(self, body: dict[str, Any]) -> None:
+        if "alarm" in body:
+            self.alarms = int(body["alarm"])
+            return
+        self.reminders += 1
+        self.reminded_at = datetime.fromisoformat(body["at"]) if "at" in body else None
 
     def _notice(self, kind: EventType, body: dict[str, Any]) -> None:
         channel = str(body.get("channel", INBOX))
@@ -124,9 +151,12 @@ class Progress:
         self.kept += receipts
         self.skips = tuple(sorted({*self.skips, *(receipt.action for receipt in receipts)}))
 
-    def _count(self, verdict: Verdict) -> None:
+    def _count(self, verdict: Verdict, at: datetime) -> None:
         if verdict.digest != self.last_digest:
             return
+        if verdict.break_glass:
+            self.broken.append(verdict)
+            self.broken_at = at
         self.verdicts.append(verdict)
         if verdict.kind is Kind.REVISE:
             self.digest = self.proposal = None

@@ -346,10 +346,11 @@ class Settings(Frozen):
         had = {role for person in people for role in person.roles}
         policy: Policy = info.data.get("policy", Policy())
         for agent, one in policy.agents.items():
-            for role in sorted({*one.start_roles, *one.cancel_roles} - had):
+            glass = () if one.gate.break_glass is None else one.gate.break_glass.roles
+            for role in sorted({*one.start_roles, *one.cancel_roles, *glass} - had):
                 raise _refused(
-                    f"policy of {agent} wants the role {role} to start or cancel, and nobody has it; "
-                    "give it to somebody under [[people]]"
+                    f"policy of {agent} wants the role {role} to start, cancel or break the glass, and "
+                    "nobody has it; give it to somebody under [[people]]"
                 )
         return people
 

@@ -32,6 +32,8 @@ class State(StrEnum):
     WAITING = "waiting"
     SCHEDULED = "scheduled"
     ACTING = "acting"
+    REVIEWING = "reviewing"
+    """It has ended, and others have yet to say whether breaking the glass was right."""
     DONE = "done"
 
 

@@ -122,9 +122,8 @@ def alone(intent: Plain) -> bool:
     if use and use["number"] <= use["grant"]["max_uses"] and covers(use["grant"], intent):
         return True
     limit = CLASSES.index(gate.get("automatic_up_to", "reversible"))
-    harmless = all(CLASSES.index(plan["reversibility"]) <= limit for plan in plans)
-    if not little(gate.get("automatic_within") or {}, plans):
-        return False
+    within = gate.get("automatic_within") or {}
+    harmless = little(within, plans) and all(CLASSES.index(plan["reversibility"]) <= limit for plan in plans)
     if not gate["automatic"] or not harmless or gate.get("automatic_amount") is None:
         return bool(gate["automatic"] and harmless)
     costs = [plan["cost"] for plan in plans]
@@ -137,16 +136,12 @@ def little(limits: Plain, plans: list[Plain]) -> bool:
     """Whether all numbers that are moved, as far as they are known, lie within the limits."""
     part, most = limits.get("at_most_permille"), limits.get("at_most_minor")
     moved = [change for plan in plans for change in plan.get("changes", ())]
-    if (part is not None or most is not None) and not all(plan.get("changes") for plan in plans):
-        return False
-    if part is not None and len({plan["target"] for plan in plans}) < len(plans):
-        return False
-    if part is not None and any(1000 * abs(one["new"] - one["old"]) > part * one["old"] for one in moved):
-        return False
-    if most is None:
-        return True
-    same = all(one["currency"] == limits["currency"] for one in moved)
-    return same and sum(abs(one["new"] - one["old"]) for one in moved) <= most
+    apart = part is None or len({plan["target"] for plan in plans}) == len(plans)
+    small = part is None or all(1000 * abs(one["new"] - one["old"]) <= part * one["old"] for one in moved)
+    same = most is None or all(one["currency"] == limits["currency"] for one in moved)
+    sums = most is None or sum(abs(one["new"] - one["old"]) for one in moved) <= most
+    known = all(plan.get("changes") for plan in plans) or part is most is None
+    return known and apart and small and same and sums
 
 
 def covers(grant: Plain, intent: Plain) -> bool:
@@ -162,6 +157,15 @@ def covers(grant: Plain, intent: Plain) -> bool:
     )
 
 
+def broken(intent: Plain, verdict: Plain) -> bool:
+    """Whether the glass of an intent was rightly broken, so that one answer is enough."""
+    glass = intent["gate"].get("break_glass") or {"roles": (), "classes": ()}
+    worst = max((plan["reversibility"] for plan in intent["plans"]), key=CLASSES.index, default="read_only")
+    known = verdict["assurance"] == "signed" and verdict.get("role") in glass["roles"]
+    own = verdict["approver"].casefold() == intent["proposer"].casefold()
+    return known and worst in glass["classes"] and not own
+
+
 def passed(intent: Plain, verdicts: Verdicts) -> bool:
     """Whether verdicts, in the order in which they were recorded, are enough for an intent."""
     gate = intent["gate"]
@@ -174,7 +178,10 @@ def passed(intent: Plain, verdicts: Verdicts) -> bool:
     for verdict, _ in verdicts:
         if verdict["kind"] in ("reject", "revise"):
             return False
-        if verdict["kind"] == "approve" and verdict["approver"].casefold() not in wanting:
+        if verdict["kind"] == "approve" and verdict.get("break_glass"):
+            if broken(intent, verdict):
+                return True
+        elif verdict["kind"] == "approve" and verdict["approver"].casefold() not in wanting:
             approved[verdict["approver"].casefold()] = verdict.get("role")
             if len(approved) >= gate["approvals"] and set(approved.values()) >= set(gate["roles"]):
                 return True
@@ -186,7 +193,8 @@ def outrun(verdicts: Verdicts) -> bool:
     ends: dict[str, str | None] = {}
     for verdict, at in verdicts:
         until = ends.get(verdict["approver"].casefold())
-        if verdict["kind"] == "approve" and until is not None and moment(at) > moment(until):
+        plain = verdict["kind"] == "approve" and not verdict.get("break_glass")
+        if plain and until is not None and moment(at) > moment(until):
             return True
         if verdict["kind"] == "delegate" and verdict["to"]:
             ends[verdict["to"].casefold()] = verdict.get("until")
@@ -471,10 +479,7 @@ def check_proof(path: str, keys: list[Key]) -> tuple[int, Plain]:
     leaf = hashlib.sha256(b"\x00" + envelope).digest()
     reasons = (
         (size != proof["tree_size"], "the proof is of another size than its checkpoint"),
-        (
-            not is_included(leaf, index, size, siblings, root),
-            "the event is not in the tree that the checkpoint signs",
-        ),
+        (not is_included(leaf, index, size, siblings, root), "the event is not in the tree that was signed"),
         (event["seq"] != index + 1, "the event does not stand where the proof says"),
         (keys and not is_signed(note, keys), "the checkpoint is signed by none of the keys given"),
     )

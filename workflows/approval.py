@@ -27,11 +27,12 @@ from models.gate import (
 )
 from models.ledger import EventType
 from models.loop import Intent
-from models.notices import INBOX, Due
+from models.notices import INBOX, Due, heard_by
 from models.orders import Identification
 from workflows.journal import Journal
 from workflows.notices import Crier
 from workflows.policies import book
+from workflows.review import Review
 
 
 class Approval:
@@ -40,6 +41,7 @@ class Approval:
     def __init__(self, journal: Journal) -> None:
         """All state is the journal's."""
         self._journal = journal
+        self.review = Review(journal)
         self._closed = False
         self._due: tuple[tuple[str, int], datetime] | None = None
         """The next reminder by business hours, as it was found out."""
@@ -70,7 +72,12 @@ class Approval:
         journal.shown_at = journal.shown_at or journal.progress.delivered_at or workflow.now()
         if is_automatic(intent):
             await self._pass(intent, digest)
-        crier = Crier(journal, intent.gate, digest, lambda: self._stands(intent, digest) is Standing.WAITING)
+
+        def heard() -> tuple[int, tuple[str, ...]]:
+            number = journal.progress.reminders
+            return number, heard_by(intent.gate, number)
+
+        crier = Crier(journal, digest, lambda: self._stands(intent, digest) is Standing.WAITING, heard)
         try:
             while (stands := self._stands(intent, digest)) is Standing.WAITING:
                 crier.keep_up()
@@ -165,6 +172,8 @@ class Approval:
             return message
         journal = self._journal
         progress, intent = journal.progress, journal.intent
+        if message.review:
+            return self.review.judge(kind, message, identity)
         if progress.outcome is not None:
             return _refuse(kind, message, f"the run has ended as {progress.outcome.status}; nothing is open")
         if progress.expired:
@@ -192,8 +201,9 @@ class Approval:
                 (EventType.REFUSAL, ruling.model_dump(mode="json")), actor=actor
             )
         comment = message.comment if isinstance(message, Answer) else ""
+        event = EventType.REVIEW if ruling.review else EventType.VERDICT
         return await self._journal.append(
-            (EventType.VERDICT, ruling.model_dump(mode="json")), actor=actor, comment=comment
+            (event, ruling.model_dump(mode="json")), actor=actor, comment=comment
         )
 
     def _reply(self, ruling: Verdict | Refusal) -> Judged:
@@ -203,6 +213,8 @@ class Approval:
             return Judged(
                 counted=False, state=state, digest=progress.digest, field=ruling.field, remedy=ruling.remedy
             )
+        if ruling.review:
+            state = "reviewing" if self.review.is_open else "reviewed"
         return Judged(counted=True, state=state, digest=ruling.digest)
 
 

@@ -15,7 +15,7 @@ from temporalio.exceptions import ActivityError, ApplicationError, FailureError,
 
 from activities.routing import Routing
 from models.agent import AgentSpec
-from models.card import answer_json
+from models.card import answer_json, review_card
 from models.errors import AllTiersFailed, CountersignError, Declined, InvalidInput, OutputInvalid
 from models.gate import Standing
 from models.inference import Answered, Ask, Call
@@ -330,6 +330,11 @@ class Loop(Messages):
         )
 
     async def _drained(self) -> None:
+        if self.approval.review.is_open:
+            self._upsert(State.REVIEWING)
+            workflow.set_current_details(review_card(self.approval.review.digest))
+            await self.approval.review.wait()
+            self._upsert(State.DONE)
         await workflow.wait_condition(workflow.all_handlers_finished)
 
     async def _failed(self, error: BaseException) -> None:

@@ -10,8 +10,7 @@ from temporalio import workflow
 from temporalio.exceptions import ActivityError, is_cancelled_exception
 
 from models.ledger import EventType
-from models.loop import GateRule
-from models.notices import NoticeOrder, heard_by
+from models.notices import NoticeOrder
 from workflows import policies
 from workflows.journal import Journal
 
@@ -21,10 +20,16 @@ Key = tuple[int, str]
 class Crier:
     """Tells people of one intent for as long as it waits."""
 
-    def __init__(self, journal: Journal, rule: GateRule, digest: str, is_waiting: Callable[[], bool]) -> None:
-        """Nothing goes out before `keep_up`."""
+    def __init__(
+        self,
+        journal: Journal,
+        digest: str,
+        is_waiting: Callable[[], bool],
+        heard_by: Callable[[], tuple[int, tuple[str, ...]]],
+    ) -> None:
+        """Nothing goes out before `keep_up`; `heard_by` gives the round of now and its channels."""
         self._journal = journal
-        self._rule = rule
+        self._heard_by = heard_by
         self._digest = digest
         self._is_waiting = is_waiting
         self._sending: dict[Key, asyncio.Task[None]] = {}
@@ -32,10 +37,10 @@ class Crier:
 
     def keep_up(self) -> None:
         """Start whatever is due and neither settled nor under way."""
-        progress = self._journal.progress
-        for channel in heard_by(self._rule, progress.reminders):
-            key = (progress.reminders, channel)
-            if key not in progress.notices and key not in self._started:
+        number, channels = self._heard_by()
+        for channel in channels:
+            key = (number, channel)
+            if key not in self._journal.progress.notices and key not in self._started:
                 self._started.add(key)
                 self._sending[key] = asyncio.create_task(self._tell(key))
 

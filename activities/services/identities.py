@@ -89,7 +89,7 @@ def _statement(
     names = ("digest", "approver", "role", "to", "until", "nonce", "issued_at", "expires_at")
     try:
         return Statement.model_validate(
-            {name: given[name] for name in names}
+            {name: given[name] for name in (*names, "break_glass", "review")}
             | {"tenant": tenant, "decision": kind.value, "comment_sha256": comment_sha256}
         )
     except ValidationError:

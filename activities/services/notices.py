@@ -30,7 +30,7 @@ from models.card import visible
 from models.channels import ChannelSettings, EmailSettings, WebhookSettings
 from models.errors import ConnectorRejected, CredentialsRejected, RateLimited, Unavailable, UnknownName
 from models.loop import Intent
-from models.notices import NoticeOrder, Told
+from models.notices import FIRST_ROUND, NoticeOrder, Told
 
 Clock = Callable[[], datetime]
 SIGNATURE, TIMESTAMP, IDENTITY = "Countersign-Signature", "Countersign-Timestamp", "Countersign-Id"
@@ -55,10 +55,23 @@ class Notice:
     @property
     def command(self) -> str:
         """How to answer from a terminal."""
-        return f"countersign approve {visible(self.order.workflow_id)} --digest {self.order.digest}"
+        review = " --review" if self.is_review else ""
+        return f"countersign approve {visible(self.order.workflow_id)}{review} --digest {self.order.digest}"
+
+    @property
+    def is_review(self) -> bool:
+        """Whether it is about what was done already, by breaking the glass."""
+        return self.order.round >= FIRST_ROUND
 
     def text(self) -> str:
         """The card, and how to answer."""
+        if self.is_review:
+            late = "ALARM: its review is late.\n\n" if self.order.round > FIRST_ROUND else ""
+            return (
+                f"{late}Somebody broke the glass and went ahead with this alone.\n\n{self.card}\n\n"
+                f"Somebody who had no part in it has to say whether that was right:\n\n    {self.command}\n\n"
+                "or reject instead of approve.\n"
+            )
         again = f"Reminder {self.order.round}: this still waits.\n\n" if self.order.round else ""
         return (
             f"{again}{self.card}\n\nOpen until {self.expires_at.isoformat()} at the latest.\n"

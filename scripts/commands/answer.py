@@ -43,6 +43,7 @@ Role = Annotated[str | None, typer.Option(help="The role you answer in, where th
 Sign = Annotated[
     Path | None, typer.Option(help="SSH private key to sign the answer with; policy may ask for it.")
 ]
+Review = Annotated[bool, typer.Option("--review", help="It is about what was done by breaking the glass.")]
 Comment = Annotated[str, typer.Option(help="Your words; they stand in the ledger.")]
 
 
@@ -53,10 +54,20 @@ def approve(
     comment: Comment = "",
     role: Role = None,
     sign: Sign = None,
+    break_glass: Annotated[
+        bool,
+        typer.Option("--break-glass", help="Go ahead alone; others review it. Needs --sign and --reason."),
+    ] = False,
+    reason: Annotated[str, typer.Option(help="With --break-glass: why it cannot wait.")] = "",
+    review: Review = False,
     as_json: Json = False,
 ) -> None:
-    """Approve the waiting intent."""
-    _give(Kind.APPROVE, run, as_, as_json, digest=digest, comment=comment, role=role, sign=sign)
+    """Approve the waiting intent, or what was done by breaking the glass."""
+    if reason and comment:
+        raise InvalidInput.field("--reason", reason, "it is the comment of --break-glass; give one of them")
+    words, broken = reason or comment, break_glass
+    given = {"digest": digest, "comment": words, "role": role, "break_glass": broken, "review": review}
+    _give(Kind.APPROVE, run, as_, as_json, sign=sign, **given)
 
 
 def reject(
@@ -66,10 +77,12 @@ def reject(
     comment: Comment = "",
     role: Role = None,
     sign: Sign = None,
+    review: Review = False,
     as_json: Json = False,
 ) -> None:
-    """End the run without an effect."""
-    _give(Kind.REJECT, run, as_, as_json, digest=digest, comment=comment, role=role, sign=sign)
+    """End the run without an effect, or say that breaking the glass was wrong."""
+    given = {"digest": digest, "comment": comment, "role": role, "review": review}
+    _give(Kind.REJECT, run, as_, as_json, sign=sign, **given)
 
 
 def revise(
@@ -152,7 +165,7 @@ async def signed(tenant: str, kind: Kind, message: dict[str, Any], key: Path) ->
 
 
 def _give(
-    kind: Kind, run: str, as_: str | None, as_json: bool, sign: Path | None, **given: str | None
+    kind: Kind, run: str, as_: str | None, as_json: bool, sign: Path | None, **given: str | bool | None
 ) -> None:
     settings = config.load()
     message: dict[str, Any] = {name: value for name, value in given.items() if value}
@@ -210,7 +223,7 @@ def _digest(reading: Reading | None, kind: Kind, run: str, given: str | None, qu
         raise InvalidInput.field(
             "--digest", None, f"give the digest of the card you read; `countersign show {run}` prints it"
         )
-    if card is None or reading.waiting is None:
+    if card is None or (reading.waiting is None and not reading.reviewing):
         raise Refused(f"{run} is {reading.state}; nothing waits for an answer")
     out = console()
     print_card(out, card.full)

@@ -18,6 +18,7 @@ from scripts.commands.session import Json, Session, console, opened, reach, said
 from workers import config
 
 RISK = SearchAttributeKey.for_keyword(Attribute.RISK)
+STATE = SearchAttributeKey.for_keyword(Attribute.STATE)
 AGENT = SearchAttributeKey.for_keyword(Attribute.AGENT)
 SINCE = SearchAttributeKey.for_datetime(Attribute.WAITING_SINCE)
 
@@ -32,19 +33,22 @@ def pending(as_json: Json = False) -> None:
     if not rows:
         out.print("nothing waits")
         return
-    table = Table("run", "agent", "risk", "waiting since", "title", "digest", box=None, pad_edge=False)
+    columns = ("run", "agent", "risk", "for", "waiting since", "title", "digest")
+    table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
         since = row["waiting_since"][:19].replace("T", " ")
         digest = row["digest"][:12] + "…"
-        table.add_row(row["workflow_id"], row["agent"], row["risk"], since, visible(row["title"]), digest)
+        first = (row["workflow_id"], row["agent"], row["risk"], row["for"])
+        table.add_row(*first, since, visible(row["title"]), digest)
     table.columns[0].no_wrap = True
     out.print(table)
 
 
 async def waiting(client: Client, session: Session) -> list[dict[str, Any]]:
     """Every run that waits, by what Temporal's visibility says; titles come from the bound bytes."""
+    states = ", ".join(f'"{state.value}"' for state in (State.WAITING, State.REVIEWING))
     query = (
-        f'{Attribute.STATE.value}="{State.WAITING.value}" AND ExecutionStatus="Running" '
+        f'{Attribute.STATE.value} IN ({states}) AND ExecutionStatus="Running" '
         f'AND {Attribute.TENANT.value}="{session.tenant}"'
     )
     found = [await _row(session, execution) async for execution in client.list_workflows(query)]
@@ -67,6 +71,7 @@ async def _row(session: Session, execution: WorkflowExecution) -> dict[str, Any]
         "workflow_id": execution.id,
         "agent": attributes.get(AGENT) or execution.workflow_type,
         "risk": attributes.get(RISK) or "unknown",
+        "for": "review" if attributes.get(STATE) == State.REVIEWING else "answer",
         "waiting_since": since.isoformat() if since else "",
         "title": await _title(session, digest),
         "digest": digest,

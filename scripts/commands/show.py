@@ -18,6 +18,7 @@ from models.canonical import sha256
 from models.card import visible
 from models.errors import InvalidInput, LedgerBroken
 from models.gate import Standing
+from models.glass import UNSAID
 from models.ledger import Entry, Event, EventType
 from models.loop import Intent, Outcome, Ref
 from models.progress import Progress
@@ -55,6 +56,11 @@ class Reading:
     def waiting(self) -> str | None:
         """The digest that waits for an answer, if one does."""
         return self.progress.digest if self.state is State.WAITING else None
+
+    @property
+    def reviewing(self) -> bool:
+        """Whether others have yet to say if breaking the glass was right."""
+        return self.state is State.REVIEWING
 
     def plain(self) -> dict[str, Any]:
         """For programs."""
@@ -102,9 +108,15 @@ def print_state(out: Console, reading: Reading) -> None:
     if reading.card is not None:
         out.print(f"digest   {reading.card.digest}")
     for verdict in reading.progress.verdicts:
-        out.print(f"verdict  {verdict.kind} by {visible(verdict.approver)} ({verdict.assurance})")
+        broke = ", breaking the glass" if verdict.break_glass else ""
+        out.print(f"verdict  {verdict.kind} by {visible(verdict.approver)} ({verdict.assurance}){broke}")
+    for review in reading.progress.reviews:
+        out.print(f"review   {review.kind} by {visible(review.approver)} ({review.assurance})")
     if reading.outcome is not None:
         print_outcome(out, reading.outcome)
+    if reading.reviewing and reading.card is not None:
+        command = f"countersign approve {reading.run} --review --digest {reading.card.digest}"
+        out.print(f"review   the glass was broken; say whether that was right: {command} --as YOUR-NAME")
     elif reading.waiting:
         out.print(f"answer   countersign approve {reading.run} --digest {reading.waiting} --as YOUR-NAME")
 
@@ -175,7 +187,8 @@ def _agent(events: Iterable[Event]) -> str:
 
 def _state(progress: Progress, card: Card | None) -> State:
     if progress.outcome is not None:
-        return State.DONE
+        glass = UNSAID if card is None else card.intent.gate.break_glass or UNSAID
+        return State.REVIEWING if progress.reviewing(glass) else State.DONE
     if progress.digest is None or card is None:
         return State.THINKING
     stands = Standing.EXPIRED if progress.expired else progress.stands(card.intent)
