@@ -15,12 +15,18 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from activities.services.checkpoints import Checkpoints
+from activities.services.content import ContentStore, guard
 from activities.services.database import Database
+from activities.services.erasure import Erasure
 from activities.services.ledger_store import LedgerStore
+from activities.services.memory_store import MemoryStore
 from activities.services.migrations import migrate, state
+from activities.services.vault import Keys
+from activities.services.vectors import ExactVectors
 from activities.services.verifier import check_database
 from models.ledger import Append
 from models.loop import Status
+from models.memory import Memo, Recall, Search
 from models.settings import TemporalSettings
 from scripts.bench.ledger import check, killed
 from tests.conftest import a_key, note, settings_for, stack_of
@@ -115,3 +121,31 @@ async def test_the_whole_loop_runs_on_it(url: str, temporal: TemporalSettings, t
         assert (await run.handle.result()).status is Status.EXECUTED
         assert len(stack.notes()) == 1
         assert (await stack.types(run))[-1] == "outcome"
+
+
+async def test_a_subject_is_erased_and_the_log_still_holds(url: str) -> None:
+    database = guard(Database(url), Keys("k1", {"k1": b"k" * 32}))
+    content, tenant = ContentStore(database), "erasing"
+    memory = MemoryStore(database, content, None, ExactVectors(database, 8))
+    for subject, words in (("ann", "Zanzibar 4711"), ("bob", "green tea")):
+        ref = await content.put(tenant, words.encode(), subject=subject)
+        memo = Memo(tenant=tenant, kind="fact", title=words, text=ref, source="x", subject=subject)
+        await memory.keep(memo, datetime.now(UTC))
+        told = draft(f"told-{subject}", "told").model_copy(update={"body": {"said": ref.model_dump()}})
+        await LedgerStore(database, lambda: datetime.now(UTC)).add(tenant, told)
+    both = await content.put(tenant, b"for both", subject="ann", plainly=True)
+    await content.put(tenant, b"for both", subject="bob", plainly=True)
+    query = Recall(tenant=tenant, query=both, by=Search.WORDS)
+    assert [hit.title for hit in (await memory.recall(query, "zanzibar")).hits] == ["Zanzibar 4711"]
+    receipt = await Erasure(database, lambda: datetime.now(UTC)).forget(tenant, "ann", by="dpo")
+    assert receipt.removed["records"] == 1 and set(receipt.left.values()) == {0}
+    assert (await memory.recall(query, "zanzibar")).hits == ()
+    assert [hit.title for hit in (await memory.recall(query, "tea")).hits] == ["green tea"]
+    checkpoints = Checkpoints(database, Ed25519PrivateKey.generate(), "countersign")
+    written = await checkpoints.write(tenant)
+    assert written is not None
+    report = await database.read(
+        lambda link: check_database(link, tenant, written.key.name, [written.key], [])
+    )
+    assert (report.status, report.findings) == ("sound", ())
+    database.close()
