@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
 
 from models.inference import DataClass
@@ -35,6 +35,7 @@ _IBAN = re.compile(r"(?<!\w)[A-Za-z]{2}\d{2}(?: ?[A-Za-z0-9]){11,30}(?!\w)")
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(?![\w:])")
 _NOT_DIGIT = re.compile(r"\D")
+_DIGIT = re.compile(r"\d")
 
 # The lengths and beginnings that payment networks give out; other numbers with a good check digit abound.
 _NETWORK = re.compile(
@@ -44,14 +45,14 @@ _NETWORK = re.compile(
 
 def found_in(text: str) -> frozenset[Kind]:
     """Which forms of personal data stand in a text."""
-    return frozenset(kind for kind, finds in _RULES.items() if finds(text))
+    return frozenset(kind for kind, finds in _rules(text).items() if finds(text))
 
 
 def raised(data_class: DataClass, texts: Iterable[str]) -> DataClass:
     """`personal` if a text holds personal data, else the class as it was."""
     if data_class is DataClass.PERSONAL:
         return data_class
-    personal = any(finds(text) for text in texts for finds in _RULES.values())
+    personal = any(finds(text) for text in texts for finds in _rules(text).values())
     return DataClass.PERSONAL if personal else data_class
 
 
@@ -68,6 +69,11 @@ def mod97(iban: str) -> bool:
     """Whether the check digits of a bank account number are right (ISO 13616)."""
     turned = iban[4:] + iban[:4]
     return int("".join(str(int(letter, 36)) for letter in turned)) % 97 == 1
+
+
+def _rules(text: str) -> Mapping[Kind, Callable[[str], bool]]:
+    """Those that can find something: without a digit most of them cannot, and need not look."""
+    return _RULES if _DIGIT.search(text) else _WITHOUT_DIGITS
 
 
 def _email(text: str) -> bool:
@@ -116,3 +122,4 @@ _RULES: dict[Kind, Callable[[str], bool]] = {
     Kind.IBAN: _iban,
     Kind.IP: _ip,
 }
+_WITHOUT_DIGITS = {kind: _RULES[kind] for kind in (Kind.EMAIL, Kind.IP)}

@@ -223,6 +223,7 @@ class _Choice:
             tier.name: estimate(self.needs, tier, snapshot.of(tier.name).measured) for tier in tiers
         }
         self.lost: dict[str, str | None] = {}
+        self.worsts: dict[str, int | None] = {}
         self.queued = self.needs.within_milliseconds is None
         self.by_cost = wish.prefer == "small"
 
@@ -246,8 +247,14 @@ class _Choice:
     def _paid(self, fitting: Sequence[str]) -> list[str]:
         for name in fitting:
             tier = self.tiers[name]
-            self.lost[name] = lacking(self.snapshot.accounts, worst(self.needs, tier), tier.currency)
+            self.lost[name] = lacking(self.snapshot.accounts, self._worst(name), tier.currency)
         return [name for name in fitting if self.lost[name] is None]
+
+    def _worst(self, name: str) -> int | None:
+        if name not in self.worsts:
+            # Nobody asks for it where there is no budget.
+            self.worsts[name] = worst(self.needs, self.tiers[name]) if self.snapshot.accounts else None
+        return self.worsts[name]
 
     def _timely(self, paid: list[str]) -> list[str]:
         if self.needs.within_milliseconds is None:
@@ -311,9 +318,9 @@ class _Choice:
 
     def _chosen(self, ranked: Sequence[str]) -> Decision:
         first, *others = ranked
-        chosen, holds = [first], worst(self.needs, self.tiers[first])
+        chosen, holds = [first], self._worst(first)
         for name in sorted(others, key=lambda name: self._second(first, name)):
-            both = _sum(holds, worst(self.needs, self.tiers[name]))
+            both = _sum(holds, self._worst(name))
             lacks = lacking(self.snapshot.accounts, both, self.tiers[name].currency)
             if len(chosen) == MOST_TIERS:
                 self.lost[name] = self._passed_over(name, chosen)

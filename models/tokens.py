@@ -11,7 +11,7 @@ MESSAGE_TOKENS = 12
 TEMPLATE_TOKENS = 48
 """Room for the system message some templates add by themselves."""
 
-_WORD = re.compile(r"(?<![0-9A-Za-z])[A-Za-z]+(?![0-9A-Za-z])")
+_WORD = re.compile(r"(?<![0-9A-Za-z])([A-Za-z]+)(?![0-9A-Za-z])")
 
 
 def prompt_tokens(prompt: Prompt) -> int:
@@ -26,10 +26,8 @@ def tokens_from_above(text: str) -> int:
     Two letters per token in a Latin word, one byte per token in everything else, which includes letters
     among digits, as in a hash. The server has the last word: it refuses what is too long and never cuts.
     """
-    words = sum((len(word) + 1) // 2 for word in _WORD.findall(text))
-    return words + sum(_bytes(between) for between in _WORD.split(text))
-
-
-def _bytes(between: str) -> int:
+    parts = _WORD.split(text)
+    words, gaps = parts[1::2], parts[::2]
     # A single space joins the word after it in every vocabulary we meet.
-    return 0 if between == " " else len(between.encode("utf-8", "surrogatepass"))
+    rest = len("".join(gaps).encode("utf-8", "surrogatepass")) - gaps.count(" ")
+    return sum((len(word) + 1) // 2 for word in words) + rest
