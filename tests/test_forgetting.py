@@ -29,11 +29,11 @@ from activities.services.short_term import Key, ShortTerm
 from activities.services.vault import load_keys
 from activities.services.vectors import ExactVectors
 from models.beliefs import Change
-from models.errors import MemoryUnavailable
+from models.errors import InvalidInput, MemoryUnavailable
 from models.inference import Answered, DataClass, Message, Prompt
 from models.ledger import Draft, EventType
 from models.loop import GateRule, Ref, Reversibility
-from models.memory import Memo, Recall, Search
+from models.memory import Kept, Memo, Recall, Search
 from models.notices import NoticeOrder
 from models.settings import EncryptionSettings, Settings
 from scripts import verify_ledger
@@ -253,7 +253,7 @@ async def proved(place: Place, export: Path, proof: str) -> None:
         assert verified.exit_code == 0, verified.output
 
 
-async def test_with_encryption_on_only_what_is_named_in_docs_stood_in_clear_before(tmp_path: Path) -> None:
+async def test_with_encryption_on_no_table_had_it_in_clear_before(tmp_path: Path) -> None:
     place = Place(tmp_path, sealed=True)
     await place.fill()
     await asyncio.to_thread(lambda: place.database.engine.dispose())
@@ -265,8 +265,19 @@ async def test_with_encryption_on_only_what_is_named_in_docs_stood_in_clear_befo
             cells = [str(cell).encode() if isinstance(cell, str) else cell for row in rows for cell in row]
             if hits(MARK, *(cell for cell in cells if isinstance(cell, bytes))):
                 standing.add(name)
-    assert standing == {"belief_snapshot", "cache_entry"}
+    assert standing == set()
     place.database.close()
+
+
+async def test_a_run_that_ends_after_its_subject_was_erased_remembers_nothing(place: Place) -> None:
+    ref = await place.content.put(TENANT, b"told late", subject=ANN)
+    late = Memo(tenant=TENANT, kind="fact", title=SAID, text=ref, source="event", subject=ANN)
+    await asyncio.to_thread(place.run, "memory", "forget", "--subject", ANN, "--yes")
+    kept = await place.memory.take(late, NOW)
+    assert (kept.what, kept.reason) == (Kept.JUNK, "its subject was erased")
+    with pytest.raises(InvalidInput, match="no such content"):
+        await place.memory.take(late.model_copy(update={"subject": "nobody"}), NOW)
+    assert hits(MARK, *place.files().values()) == 0
 
 
 async def test_others_keep_what_is_theirs(place: Place) -> None:

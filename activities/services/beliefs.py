@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select, update
 
 from activities.services.database import Database, from_micros, insert_for, to_micros
+from activities.services.discreet import open_bytes, seal_bytes
 from activities.services.leases import check_in, seize_in
 from activities.services.ledger_store import add_in
 from models.beliefs import (
@@ -72,11 +73,12 @@ class Beliefs:
             .order_by(SNAPSHOT.c.version.desc())
             .limit(limit)
         )
-        rows = await self._database.read(lambda link: link.execute(wanted).all())
-        return tuple(
-            Settled(won=True, belief=_read(row), at=from_micros(row.recorded_at), reason=row.event_id)
-            for row in reversed(rows)
-        )
+
+        def read(link: Connection) -> tuple[Settled, ...]:
+            rows = reversed(link.execute(wanted).all())
+            return tuple(Settled(won=True, belief=_read(link, row), **_when(row)) for row in rows)
+
+        return await self._database.read(read)
 
     async def subjects(self, tenant: str) -> tuple[tuple[str, str, int], ...]:
         """Agent, subject and version of every belief."""
@@ -216,7 +218,7 @@ def belief_in(
         wanted if version is None else wanted.where(SNAPSHOT.c.version == version)
     ).first()
     if row is not None:
-        return _read(row)
+        return _read(connection, row)
     if version:
         raise UnknownName(f"version: {subject} has no version {version}; `countersign beliefs history` lists")
     return Belief(tenant=tenant, agent=agent, subject=subject)
@@ -292,7 +294,8 @@ def _store(
     state = canonical(made)
     key = dict(tenant=made.tenant, agent=made.agent, subject=made.subject, version=made.version)
     epoch = owner.epoch if owner is not None else head.epoch
-    facts = dict(event_id=event, epoch=epoch, state=state, digest=sha256(state))
+    kept = seal_bytes(connection, made.tenant, state, made.subject)
+    facts = dict(event_id=event, epoch=epoch, state=kept, digest=sha256(state))
     connection.execute(SNAPSHOT.insert().values(**key, **facts, recorded_at=to_micros(now)))
     moved = connection.execute(
         update(HEAD)
@@ -326,7 +329,12 @@ def _event(made: Belief, event: str, digest: Any, owner: Delivery | None) -> Dra
     )
 
 
-def _read(row: Row[Any]) -> Belief:
-    if sha256(row.state) != row.digest:
+def _when(row: Row[Any]) -> dict[str, Any]:
+    return {"at": from_micros(row.recorded_at), "reason": row.event_id}
+
+
+def _read(connection: Connection, row: Row[Any]) -> Belief:
+    state = open_bytes(connection, row.tenant, bytes(row.state))
+    if sha256(state) != row.digest:
         raise LedgerBroken(f"belief about {row.subject} version {row.version} does not hash to its name")
-    return Belief.model_validate(json.loads(row.state))
+    return Belief.model_validate(json.loads(state))

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, bindparam, delete, select
 
 from activities.services.database import Database, from_micros, insert_for, to_micros
+from activities.services.discreet import seal_text, text_reader
 from activities.services.statements import Statement
 from models.canonical import sha256
 from models.inference import Answered, DataClass, Prompt
@@ -154,7 +155,8 @@ def put_in(link: Connection, key: Key, answered: Answered, task: str, until: dat
     values = {
         "task": task,
         "model": answered.model,
-        "answered": answered.model_dump_json(),
+        # What it was objected to for may quote the text.
+        "answered": seal_text(link, tenant, answered.model_dump_json()),
         "expires_at": to_micros(until),
     }
     insert = insert_for(link.dialect.name)
@@ -164,9 +166,9 @@ def put_in(link: Connection, key: Key, answered: Answered, task: str, until: dat
 
 def drop_in(link: Connection, tenant: str, texts: Collection[str]) -> int:
     """Delete the answers whose text is one of these; returns how many."""
-    gone = set(texts)
+    gone, read = set(texts), text_reader(link, tenant)
     rows = link.execute(select(CACHE.c.key, CACHE.c.answered).where(CACHE.c.tenant == tenant)) if gone else ()
-    keys = [row.key for row in rows if Answered.model_validate_json(row.answered).text.digest in gone]
+    keys = [row.key for row in rows if Answered.model_validate_json(read(row.answered)).text.digest in gone]
     for key in keys:
         link.execute(delete(CACHE).where(CACHE.c.tenant == tenant, CACHE.c.key == key))
     return len(keys)
@@ -182,7 +184,7 @@ def _read(link: Connection, key: Key, now: datetime) -> _Kept:
     rows = _ENTRY.rows(link, {"of": tenant, "named": digest})
     if not rows:
         return _Kept(None, now, now)
-    answered = Answered.model_validate_json(rows[0][0])
+    answered = Answered.model_validate_json(text_reader(link, tenant)(rows[0][0]))
     return _Kept(answered.model_copy(update={"cached": True}), from_micros(rows[0][1]), now)
 
 

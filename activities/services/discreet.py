@@ -61,6 +61,16 @@ def text_reader(connection: Connection, tenant: str) -> Callable[[str], str]:
     return read
 
 
+def seal_bytes(connection: Connection, tenant: str, data: bytes, subject: str | None = None) -> bytes:
+    """The same for what is stored as bytes."""
+    return seal_text(connection, tenant, data.decode(), subject).encode()
+
+
+def open_bytes(connection: Connection, tenant: str, stored: bytes) -> bytes:
+    """What `seal_bytes` made, opened."""
+    return text_reader(connection, tenant)(stored.decode()).encode()
+
+
 def opened_rows(connection: Connection, tenant: str, query: Select[Any]) -> Iterator[dict[str, Any]]:
     """Rows of memory with their sealed columns opened."""
     read = text_reader(connection, tenant)

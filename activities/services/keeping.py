@@ -19,11 +19,11 @@ from sqlalchemy import Connection, Row, delete, insert, select, update
 from activities.services.content import get_blob
 from activities.services.database import insert_for, to_micros
 from activities.services.discreet import name_of, seal_text
-from activities.services.ledger_store import EVENT
+from activities.services.ledger_store import EVENT, entries_in
 from activities.services.vectors import MEMORY, empty_vectors, next_position, touch_vectors
 from activities.services.words import drop_words, put_words
-from models.canonical import sha256
-from models.errors import Final, InvalidInput, UnknownName
+from models.canonical import sha256, subject_id
+from models.errors import Final, InvalidInput, KeyDestroyed, UnknownName
 from models.memory import (
     INDEPENDENT,
     Cause,
@@ -81,10 +81,10 @@ def take(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> Kee
     event = memo.event or cause.event or memo.source
     if row is not None and (row.forgotten_at is not None or _told(connection, memo, event)):
         return Keeping(what=Kept.KNOWN, record_id=memo.record_id, standing=Standing(row.standing))
-    text = _text(connection, memo)
     if memo.event:
         _stands(connection, memo)
-    reason = _junk(connection, memo, text, cause.run)
+    text, sealed, reason = _readable(connection, memo)
+    reason = reason or _junk(connection, memo, text, cause.run)
     if reason:
         return Keeping(what=Kept.JUNK, record_id=memo.record_id, reason=reason)
     _support(connection, memo, event, _basis(memo, cause.run, event), now)
@@ -93,7 +93,6 @@ def take(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> Kee
     if row is not None:
         connection.execute(delete(MEMORY).where(*_mine(memo.tenant, memo.record_id)))
     standing = first_standing(memo)
-    sealed = _sealed(connection, memo)
     connection.execute(insert(MEMORY).values(**_row(memo, event, standing, now) | sealed, position=position))
     put_words(connection, position, f"{memo.title}\n{text}", memo.tenant)
     return Keeping(what=Kept.KEPT, record_id=memo.record_id, standing=standing)
@@ -194,6 +193,23 @@ def _live(connection: Connection, tenant: str, record_id: str) -> Row[Any]:
 def _change(connection: Connection, tenant: str, record_id: str, values: dict[str, Any]) -> None:
     connection.execute(update(MEMORY).where(*_mine(tenant, record_id)).values(**values))
     touch_vectors(connection, tenant, record_id)
+
+
+def _readable(connection: Connection, memo: Memo) -> tuple[str, dict[str, str], str]:
+    """Its text, and its columns as they are to be stored; or that there is nothing left to remember.
+
+    A run that ends after its subject was erased must end all the same.
+    """
+    try:
+        return _text(connection, memo), _sealed(connection, memo), ""
+    except (InvalidInput, KeyDestroyed):
+        if not memo.subject or not entries_in(connection, memo.tenant, _erasure(memo)):
+            raise
+        return "", {}, "its subject was erased"
+
+
+def _erasure(memo: Memo) -> str:
+    return f"erasure/{subject_id(memo.tenant, memo.subject)}"
 
 
 def _text(connection: Connection, memo: Memo) -> str:
