@@ -318,6 +318,10 @@ async def test_the_command_goes_ahead_alone_and_others_review_it(room: Room) -> 
     assert "approve by ann (signed), breaking the glass" in shown.stdout
     assert f"countersign approve {run.workflow_id} --review" in shown.stdout
     await room.body(run, EventType.DELIVERY, channel="desk", round=FIRST_ROUND)
+    async with asyncio.timeout(LIMIT):
+        # Visibility follows a moment later.
+        while run.workflow_id not in await for_review(room):
+            pass
     review = ("approve", run.workflow_id, "--review", "--digest", digest)
     own = await command(room.stack, *review, "--as", "ann", "--sign", str(room.keys["ann"]))
     assert own.exit_code == Exit.GATE
@@ -330,6 +334,11 @@ async def test_the_command_goes_ahead_alone_and_others_review_it(room: Room) -> 
     after = await command(room.stack, "show", run.workflow_id)
     assert "review   approve by bob (signed)" in after.stdout
     assert "--review" not in after.stdout
+
+
+async def for_review(room: Room) -> list[str]:
+    listed = json.loads((await command(room.stack, "pending", "--json")).stdout)
+    return [row["workflow_id"] for row in listed if row["for"] == "review"]
 
 
 @in_the_room

@@ -195,3 +195,20 @@ async def _count(found: Any, wanted: int) -> bool:
 
 async def _runs(schedules: Schedules) -> tuple[str, ...]:
     return (await schedules.listed((schedule(),)))[0].runs
+
+
+async def test_a_run_of_a_schedule_is_for_who_the_settings_say(stack: Stack) -> None:
+    schedules = schedules_of(stack)
+    await apply(schedules, (schedule(),))
+    changed = await apply(schedules, (schedule(requester="ann"),))
+    assert changes(changed) == {"weekly": "updated"}
+    handle = stack.client.get_schedule_handle(schedule_id(stack.settings.tenant, "weekly"))
+    await handle.trigger()
+
+    async def ended() -> bool:
+        return bool(await outcomes(stack))
+
+    await until(ended)
+    events = await stack.ledger.tail(stack.settings.tenant, 10_000)
+    [request] = [event for event in events if event.type is EventType.REQUEST]
+    assert request.body["requester"] == "ann"

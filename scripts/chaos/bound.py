@@ -105,11 +105,12 @@ class World:
     async def bind(self, name: str) -> Bound:
         """Propose, plan, bind and sign."""
         subject, target = f"subject-{name}", f"target-{name}"
-        (self.folder / "targets" / target).write_text(name)
+        (self.folder / "targets" / target).write_text("1000")
         belief = await Beliefs(self.database, lambda: START).change(
             Change(tenant=TENANT, agent=AGENT, subject=subject, event=f"{name}-1", sets={"price": name})
         )
-        arguments = canonical({"text": f"note {name}", "target": target})
+        price = {"minor": 1050, "currency": "EUR"}
+        arguments = canonical({"text": f"note {name}", "target": target, "price": price})
         store = ContentStore(self.database)
         ref = await store.put(TENANT, arguments, "application/json")
         action = Action(connector="null", operation="note", arguments=ref, title=name)

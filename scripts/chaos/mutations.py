@@ -30,7 +30,7 @@ from activities.services.signatures import BEGIN, END
 from models.beliefs import Change
 from models.canonical import canonical
 from models.ledger import EventType
-from models.loop import Assurance
+from models.loop import Assurance, BreakGlass, Limits, Reversibility
 from models.orders import Effected
 from models.people import Key, People
 from models.policy import AgentPolicy, Policy
@@ -221,6 +221,8 @@ def other_policy(policy: AgentPolicy, rng: random.Random) -> AgentPolicy:
         "expire_seconds": rng.randrange(1, 600_000),
         "absolute_seconds": rng.randrange(1, 2_000_000),
         "keep_partial": True,
+        "automatic_within": Limits(at_most_permille=rng.randrange(1000)),
+        "break_glass": BreakGlass(classes=(Reversibility.REVERSIBLE,), roles=("editor",), alarm=("boss",)),
     }
     name = rng.choice([*gate, "connectors", "max_revisions"])
     if name in gate:
@@ -265,7 +267,7 @@ SIGNED = tuple(
     ("body", name)
     for name in (
         *("digest", "approver", "role", "kind", "nonce", "issued_at", "expires_at", "until", "to"),
-        *("comment_sha256", "key", "assurance"),
+        *("comment_sha256", "key", "assurance", "break_glass", "review"),
     )
 )
 MUTATIONS: dict[str, Mutation] = {
