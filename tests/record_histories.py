@@ -12,17 +12,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from temporalio.client import WorkflowFailureError
+from temporalio.client import WorkflowContinuedAsNewError, WorkflowFailureError
 
 from activities.connectors.null import Null
+from activities.services.beliefs import Beliefs
 from activities.tiers.scripted import Scripted
-from models.beliefs import Mail, owner_id
+from models.beliefs import Change, Mail, Ownership, Owning, owner_id
 from models.gate import Kind
+from models.knowledge import Warmed
 from models.ledger import EventType
 from models.loop import GateRule, Outcome, Request
 from models.orders import Pace
@@ -30,7 +32,7 @@ from models.policy import AgentPolicy
 from models.settings import ContentSettings, Settings, SiteSettings, TemporalSettings, TierSettings
 from models.visibility import Queue, Role
 from temporal import dev_server
-from temporal.beliefs import settle
+from temporal.beliefs import settle, tell
 from temporal.client import Started, submit
 from tests.conftest import ROLES, a_key, free_port, note, settings_for, stack_of
 from tests.shared import Odd, Shared, odd, policies
@@ -233,6 +235,49 @@ async def belief_settled(shared: Shared) -> Started:
     handle = shared.client.get_workflow_handle(owner, result_type=Outcome)
     await handle.terminate("recorded")
     return Started(owner, handle)
+
+
+@flow
+async def belief_handed_over(shared: Shared) -> Started:
+    """An owner's first run: two agents with one event id, a repetition, a late step of an earlier run."""
+    subject = a_key()
+    start = Ownership(tenant="default", subject=subject, hand_over_after=5)
+    owner = await shared.client.start_workflow(
+        "belief", start, id=owner_id("default", subject), task_queue=Queue.DECIDE, result_type=Outcome
+    )
+    sets = {"price": "10"}
+    for agent in ("pricing", "content", "pricing"):
+        await tell(shared.client, "default", subject, Mail(agent=agent, event="e1", sets=sets))
+    await settle(shared.client, "default", subject, Mail(agent="pricing", event="e2", sets=sets))
+    beliefs = Beliefs(shared.database, utc_now)
+    await beliefs.own(Owning(tenant="default", subject=subject, holder="an earlier run"))
+    await settle(shared.client, "default", subject, Mail(agent="pricing", event="e3", sets=sets))
+    first = shared.client.get_workflow_handle(owner.id, run_id=owner.first_execution_run_id)
+    with suppress(WorkflowContinuedAsNewError):
+        await first.result(follow_runs=False)
+    await shared.client.get_workflow_handle(owner.id).terminate("recorded")
+    return Started(owner.id, first)
+
+
+@flow
+async def upkeep_prewarmed(shared: Shared) -> Started:
+    request = Request(agent="upkeep", key=a_key(), body="{}")
+    handle: Any = await shared.client.start_workflow(
+        "upkeep", request, id=a_key(), task_queue=Queue.DECIDE, result_type=Warmed
+    )
+    return Started(handle.id, handle)
+
+
+@flow
+async def content_about_a_subject(shared: Shared) -> Started:
+    subject = a_key()
+    change = Change(tenant="default", agent="content", subject=subject, event="e1", sets={"opens": "7:00"})
+    await Beliefs(shared.database, utc_now).change(change)
+    body = await shared.content.put("default", BRIEF.encode(), "text/markdown; charset=utf-8")
+    request = Request(agent="content", key=a_key(), body=body, subject=subject)
+    run = await submit(shared.client, request, shared.settings.temporal)
+    await shared.answer(run, Kind.REJECT, await shared.digest(run), comment="no")
+    return run
 
 
 async def _raw(shared: Shared, kind: str, *payloads: Any) -> Started:

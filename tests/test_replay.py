@@ -18,6 +18,7 @@ from tests.variants import AGENTS
 from workers import registry
 from workflows.beliefs import BeliefOwner
 from workflows.unknown import Unknown
+from workflows.upkeep import Upkeep
 
 FOLDER = Path(__file__).parent / "histories"
 HISTORIES = sorted(FOLDER.glob("*.json"))
@@ -38,7 +39,7 @@ def kind(path: Path) -> str:
 @pytest.mark.parametrize("path", HISTORIES, ids=lambda path: path.stem)
 async def test_every_recorded_history_replays_on_todays_code(path: Path) -> None:
     replayer = Replayer(
-        workflows=[*registry.agents(), *AGENTS, BeliefOwner, Unknown], plugins=[CountersignPlugin()]
+        workflows=[*registry.agents(), *AGENTS, BeliefOwner, Upkeep, Unknown], plugins=[CountersignPlugin()]
     )
     result = await replayer.replay_workflow(read(path), raise_on_replay_failure=False)
     assert result.replay_failure is None
@@ -46,7 +47,7 @@ async def test_every_recorded_history_replays_on_todays_code(path: Path) -> None
 
 def test_every_workflow_type_has_a_recorded_history() -> None:
     recorded = {kind(path) for path in HISTORIES}
-    ours = {agent.SPEC.name for agent in registry.agents()} | {"belief"}
+    ours = {agent.SPEC.name for agent in registry.agents()} | {"belief", "upkeep"}
     assert ours <= recorded
     assert recorded - ours - {agent.SPEC.name for agent in AGENTS} == {"nobody"}
 
