@@ -274,8 +274,8 @@ class _Choice:
         return f"it would take {predicted} ms and somebody waits {within}"
 
     def _ranked(self, names: Sequence[str]) -> list[str]:
-        rungs = self._rungs(names)
-        self.by_cost = self.wish.prefer == "small" or is_calibrated(rungs, self._terms())
+        rungs = self._rungs(names) if self.by_cost or self.wish.wrong is not None else []
+        self.by_cost = self.by_cost or is_calibrated(rungs, self._terms())
         ordered = sorted(names, key=lambda name: self.place[name], reverse=not self.by_cost)
         if self.by_cost and rungs:
             totals = ranks(rungs, self._terms())
@@ -311,7 +311,9 @@ class _Choice:
     def _bar(self, chosen: Sequence[str]) -> Bar | None:
         """From where on the first tier's answer is taken; only one that knows more is asked for another."""
         first, *others = chosen
-        if not others or self.place[first] > self.place[others[0]] or self.snapshot.of(others[0]).suspended:
+        if not others or (self.wish.wrong is None and not self.wish.both):
+            return None
+        if self.place[first] > self.place[others[0]] or self.snapshot.of(others[0]).suspended:
             return None
         rungs = self._rungs(chosen)
         return bar_of(rungs[0], rungs[1], self._terms()) if rungs else None
