@@ -208,6 +208,9 @@ class Needs(Frozen):
     """Somebody waits for the answer, this long; `None` is work that may queue."""
     may_queue: bool = False
     """What cannot be had within that time may be had later."""
+    redacted: DataClass | None = None
+    """The class of the call with placeholders for the personal data that rules find in it; `None` where its
+    task does without them."""
 
 
 class Candidate(Frozen):

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 
 from models.inference import DataClass
+
+Place = tuple[int, int]
+"""From and to in a text."""
 
 
 class Kind(StrEnum):
@@ -56,6 +59,16 @@ def raised(data_class: DataClass, texts: Iterable[str]) -> DataClass:
     return DataClass.PERSONAL if personal else data_class
 
 
+def spans(text: str) -> tuple[tuple[int, int, Kind], ...]:
+    """Where personal data stand in a text: from, to and which. Of those that overlap it is the first."""
+    found = [(start, end, kind) for kind, places in _PLACES.items() for start, end in places(text)]
+    kept: list[tuple[int, int, Kind]] = []
+    for start, end, kind in sorted(found, key=lambda one: (one[0], -one[1])):
+        if not kept or start >= kept[-1][1]:
+            kept.append((start, end, kind))
+    return tuple(kept)
+
+
 def luhn(digits: str) -> bool:
     """Whether the last digit is the check digit of the others (ISO/IEC 7812-1)."""
     total = 0
@@ -85,25 +98,48 @@ def _phone(text: str) -> bool:
 
 
 def _card(text: str) -> bool:
-    numbers = (_NOT_DIGIT.sub("", match.group()) for match in _CARD.finditer(text))
-    return any(_NETWORK.fullmatch(number) is not None and luhn(number) for number in numbers)
+    return any(True for _ in _cards(text))
 
 
 def _iban(text: str) -> bool:
-    return any(_is_iban(match.group()) for match in _IBAN.finditer(text))
-
-
-def _is_iban(written: str) -> bool:
-    # The words after an account number look like more of it, so shorter readings count too.
-    parts = written.split(" ")
-    readings = ("".join(parts[: count + 1]) for count in range(len(parts)))
-    return any(15 <= len(one) <= 34 and one.isascii() and mod97(one) for one in readings)
+    return any(True for _ in _ibans(text))
 
 
 def _ip(text: str) -> bool:
-    if any(_is_ip(match.group()) for match in _IPV4.finditer(text)):
-        return True
-    return text.count(":") > 1 and any(_is_ip(match.group().rstrip(".:")) for match in _IPV6.finditer(text))
+    return any(True for _ in _ips(text))
+
+
+def _cards(text: str) -> Iterator[Place]:
+    for match in _CARD.finditer(text):
+        number = _NOT_DIGIT.sub("", match.group())
+        if _NETWORK.fullmatch(number) is not None and luhn(number):
+            yield match.span()
+
+
+def _ibans(text: str) -> Iterator[Place]:
+    for match in _IBAN.finditer(text):
+        if length := _iban_length(match.group()):
+            yield match.start(), match.start() + length
+
+
+def _iban_length(written: str) -> int:
+    """How much of it is an account number; the words after one look like more of it."""
+    parts = written.split(" ")
+    for count in range(len(parts), 0, -1):
+        reading = "".join(parts[:count])
+        if 15 <= len(reading) <= 34 and reading.isascii() and mod97(reading):
+            return len(" ".join(parts[:count]))
+    return 0
+
+
+def _ips(text: str) -> Iterator[Place]:
+    yield from (match.span() for match in _IPV4.finditer(text) if _is_ip(match.group()))
+    if text.count(":") < 2:
+        return
+    for match in _IPV6.finditer(text):
+        written = match.group().rstrip(".:")
+        if _is_ip(written):
+            yield match.start(), match.start() + len(written)
 
 
 def _is_ip(written: str) -> bool:
@@ -123,3 +159,10 @@ _RULES: dict[Kind, Callable[[str], bool]] = {
     Kind.IP: _ip,
 }
 _WITHOUT_DIGITS = {kind: _RULES[kind] for kind in (Kind.EMAIL, Kind.IP)}
+_PLACES: dict[Kind, Callable[[str], Iterable[Place]]] = {
+    Kind.EMAIL: lambda text: (match.span() for match in _EMAIL.finditer(text)),
+    Kind.PHONE: lambda text: (match.span() for match in _PHONE.finditer(text)),
+    Kind.CARD: _cards,
+    Kind.IBAN: _ibans,
+    Kind.IP: _ips,
+}

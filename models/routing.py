@@ -19,9 +19,8 @@ from models.cascade import Rung, Terms, bar_of, is_calibrated, ranks
 from models.errors import BudgetExceeded, CountersignError, DeadlineMissed, PolicyDenied
 from models.inference import Bar, Call, Candidate, Inputs, Needs, Prompt, Route, Task
 from models.loop import Amount, Cost, Frozen, Name
-from models.privacy import raised
+from models.redaction import classes_of
 from models.settings import TaskSettings, TierSettings
-from models.tokens import prompt_tokens
 
 MOST_TIERS = 2
 """The chosen one and one fallback."""
@@ -375,7 +374,7 @@ class _Choice:
 
 def unsuitable(needs: Needs, tier: TierSettings) -> str | None:
     """Why this tier may not take the call by its settings; `None` if it may."""
-    if needs.data_class not in tier.data_classes:
+    if needs.data_class not in tier.data_classes and needs.redacted not in tier.data_classes:
         return f"data class {needs.data_class} is not among {', '.join(tier.data_classes) or 'none'}"
     if needs.region is not None and needs.region != tier.region:
         return f"region {tier.region or 'unknown'} is not {needs.region}"
@@ -435,15 +434,17 @@ def needs_of(
     """The hard constraints of a call whose prompt is known; personal data in its inputs raises its class."""
     texts = (*(inputs or {}).values(), *(str(value) for value in call.params.values()))
     wanted = wanted or TaskSettings()
+    data_class, redacted, tokens = classes_of(call.data_class, texts, prompt, wanted.redact)
     return Needs(
-        data_class=raised(call.data_class, texts),
+        data_class=data_class,
         region=call.region,
-        context_tokens=prompt_tokens(prompt) + prompt.max_tokens,
+        context_tokens=tokens + prompt.max_tokens,
         structured=task.structured or prompt.answer_schema is not None,
         answer_tokens=prompt.max_tokens,
         pin=call.pin or wanted.tier,
         within_milliseconds=wanted.within_milliseconds,
         may_queue=wanted.may_queue,
+        redacted=redacted,
     )
 
 

@@ -1,7 +1,8 @@
 """How many calls wait for each tier, so that a deadline is held against the line and not only the work.
 
 Work waits in Temporal's queues, which know their length. A route is never held up to learn it: the last count
-is used while it is young, and a new one is asked for beside. Nothing waiting says nothing of what is under way.
+is used while it is young, and a new one is asked for beside. That nothing waits says nothing of what is under
+way.
 """
 
 from __future__ import annotations

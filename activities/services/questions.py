@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator
 
 from models.errors import PolicyDenied
 from models.inference import Call, Completion, Inputs, Message, Needs, Prompt, Task
+from models.redaction import Redaction, dangling, shows
 from models.routing import unsuitable
 from models.settings import TierSettings
 from models.tokens import prompt_tokens
@@ -19,6 +20,7 @@ JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 MOST_OBJECTIONS = 5
 REPAIR = "That answer cannot be used:\n{objections}\nAnswer again in full and correct only this."
+Asking = Callable[[Prompt], Awaitable[Completion]]
 RETOLD = "An earlier answer could not be used:\n{objections}\nAvoid this."
 
 
@@ -78,6 +80,7 @@ class Question:
         if broken:
             return Examined(completion, text, cut or broken, usable=False)
         objections = cut + self.task.check(text, self.inputs, self.call.params)
+        objections += dangling(text, (message.content for message in self.prompt.messages))
         return Examined(completion, text, objections, usable=True)
 
 
@@ -97,6 +100,30 @@ def permit(tier: TierSettings, question: Question, prompt: Prompt) -> None:
 def refusal(tier: TierSettings, question: Question, prompt: Prompt) -> str | None:
     """Why the tier may not take this prompt; `None` if it may."""
     return unsuitable(question.needs(prompt), tier)
+
+
+async def veiled(question: Question, tier: TierSettings, prompt: Prompt, complete: Asking) -> Completion:
+    """Put a prompt to a tier; with placeholders, if it may not see what stands there.
+
+    Raises:
+        PolicyDenied: something would be left of it, or it becomes too long.
+    """
+    safe, redaction = as_sent(question, tier, prompt)
+    if redaction is None:
+        return await complete(prompt)
+    permit(tier, question, safe)
+    if shows(safe):
+        raise PolicyDenied(f"{question.task.name}: personal data would reach {tier.name}; route it again")
+    completion = await complete(safe)
+    return completion.model_copy(update={"text": redaction.restore(completion.text)})
+
+
+def as_sent(question: Question, tier: TierSettings, prompt: Prompt) -> tuple[Prompt, Redaction | None]:
+    """A prompt as this tier gets it, and what turns its placeholders back, if there are any."""
+    if question.own.data_class in tier.data_classes:
+        return prompt, None
+    redaction = Redaction()
+    return redaction.veil(prompt), redaction
 
 
 def repair(prompt: Prompt, answer: Examined) -> Prompt:

@@ -22,12 +22,14 @@ from activities.services.cache import Cache, Key, Scope, key_of
 from activities.services.questions import (
     Examined,
     Question,
+    as_sent,
     best_of,
     for_the_record,
     permit,
     refusal,
     repair,
     retold,
+    veiled,
 )
 from activities.services.till import Till, Try
 from activities.tiers.base import Endpoint
@@ -315,7 +317,8 @@ class Answerer:
         if not first.objections:
             return [first]
         for again in (repair(question.prompt, first), retold(question.prompt, first)):
-            if refusal(tried.tier, question, again) is None and _is_paid_for(tried, again):
+            sent, _ = as_sent(question, tried.tier, again)
+            if refusal(tried.tier, question, sent) is None and _is_paid_for(tried, sent):
                 return [first, question.examine(await self._complete(tried, breaker, again))]
         return [first]
 
@@ -329,7 +332,7 @@ class Answerer:
         try:
             # A server's prefix cache must not tell one tenant what another one asks.
             own = prompt.model_copy(update={"cache_group": tried.tenant})
-            completion = await self._endpoints[tier].complete(own)
+            completion = await veiled(tried.question, tried.tier, own, self._endpoints[tier].complete)
         except BaseException as error:
             sign = sign_of_error(error)
             breaker.saw(sign)
