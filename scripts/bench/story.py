@@ -46,9 +46,9 @@ WINDOW = 4096
 COMMON = frozenset(
     re.findall(
         r"\w+",
-        """a an and are as at by came can did do does for from had has have how in into is it made next of on one or
-        our right that the their them they this to use used was we were what when where which who why with after
-        before change changed happened started start done file first""",
+        """a an and are as at by came can did do does for from had has have how in into is it made next of on
+        one or our right that the their them they this to use used was we were what when where which who why
+        with after before change changed happened started start done file first""",
     )
 )
 
