@@ -59,6 +59,9 @@ async def test_an_answer_ends_with_its_time_to_live():
     await short.get(key(), source)
     clock.now = NOW + timedelta(minutes=5)
     assert await short.get(key(), source) == 2
+    assert short.held() == (key(),)
+    clock.now = NOW + timedelta(minutes=10)
+    assert (short.held(), len(short)) == ((), 0)
 
 
 async def test_the_least_used_answer_gives_way():

@@ -86,12 +86,13 @@ class Knowing:
 
     async def sweep(self) -> int:
         """Drop what has been followed, forgotten or erased since; how many answers that was."""
-        gone = 0
-        for key in self._short.held():
-            look = Look(tenant=key.tenant, agent=key.question.partition(" ")[0], subject=key.subject)
-            if await self._key(look) != key:
-                gone += self._short.discard(key)
-        return gone
+        held, now = self._short.held(), to_micros(self._clock())
+        if not held:
+            return 0
+        followed = await self._database.read(
+            lambda link: [key for key in held if _key(link, _look(key), now) != key]
+        )
+        return sum(self._short.discard(key) for key in followed)
 
     async def write_use(self) -> None:
         """Add what was asked since the last time to the counts that everybody can read."""
@@ -105,8 +106,7 @@ class Knowing:
 
     async def _key(self, look: Look) -> Key:
         now = to_micros(self._clock())
-        version, mark = await self._database.read(lambda link: _standing(link, look, now))
-        return Key(look.tenant, look.subject, version, f"{look.agent} {mark}")
+        return await self._database.read(lambda link: _key(link, look, now))
 
     async def _made(self, look: Look, key: Key) -> Known:
         now = to_micros(self._clock())
@@ -140,14 +140,19 @@ async def _try(step: Callable[[], Any]) -> None:
         logger.warning("the short-term cache was not kept (%s: %s)", type(error).__name__, error)
 
 
-def _standing(connection: Connection, look: Look, now: int) -> tuple[int, str]:
+def _look(key: Key) -> Look:
+    return Look(tenant=key.tenant, agent=key.question.partition(" ")[0], subject=key.subject)
+
+
+def _key(connection: Connection, look: Look, now: int) -> Key:
     """The version of the belief, and a mark that differs whenever other records count."""
     mine = (HEAD.c.tenant == look.tenant, HEAD.c.agent == look.agent, HEAD.c.subject == look.subject)
     version = connection.execute(select(HEAD.c.version).where(*mine)).scalar_one_or_none()
     m = MEMORY.c
     marks = (func.count(), func.sum(m.position), func.max(m.active_at), func.sum(m.recorded_at % 1_000_003))
     mark = connection.execute(select(*marks).where(*_counting(connection, look, now))).one()
-    return int(version or 0), ".".join(str(part or 0) for part in mark)
+    standing = ".".join(str(part or 0) for part in mark)
+    return Key(look.tenant, look.subject, int(version or 0), f"{look.agent} {standing}")
 
 
 def _known(connection: Connection, look: Look, version: int, now: int) -> Known:

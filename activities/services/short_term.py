@@ -114,7 +114,10 @@ class ShortTerm:
         return len(gone)
 
     def held(self) -> tuple[Key, ...]:
-        """What there are answers to, over-aged ones included."""
+        """What there are answers to; over-aged ones are dropped."""
+        now = self._clock()
+        for key in [key for key, entry in self._entries.items() if entry.until <= now]:
+            del self._entries[key]
         return tuple(self._entries)
 
     def discard(self, key: Key) -> bool:
