@@ -153,7 +153,13 @@ def lines(seen: Seen) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def ratios(seen: Seen, ours: str, other: str, concurrency: int) -> dict[str, float]:
-    """How many times as many requests per second, of turns that stood side by side."""
-    pairs = zip(seen[ours][concurrency].turns, seen[other][concurrency].turns, strict=True)
+    """How many times as many requests per second, of turns that stood side by side; and of CPU time likewise."""
+    pairs = list(zip(seen[ours][concurrency].turns, seen[other][concurrency].turns, strict=True))
     each = [mine.per_second / its.per_second for mine, its in pairs]
-    return {"median": round(median(each), 2), "least": round(min(each), 2), "most": round(max(each), 2)}
+    cpu = [its.cpu_milliseconds / mine.cpu_milliseconds for mine, its in pairs]
+    return {
+        "median": round(median(each), 2),
+        "least": round(min(each), 2),
+        "most": round(max(each), 2),
+        "in_cpu_time": round(median(cpu), 2),
+    }
