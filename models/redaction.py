@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, cast
 
-from models.inference import DataClass, Message, Prompt
+from models.inference import Call, DataClass, Inputs, Message, Prompt
 from models.privacy import found_in, raised, spans
 from models.tokens import prompt_tokens
 
@@ -82,14 +82,15 @@ class Redaction:
 
 
 def classes_of(
-    declared: DataClass, texts: Iterable[str], prompt: Prompt, redact: bool
+    call: Call, inputs: Inputs, prompt: Prompt, redact: bool
 ) -> tuple[DataClass, DataClass | None, int]:
     """The class of a call, its class with marks if it may have them, and the tokens it needs either way."""
-    found, tokens = raised(declared, texts), prompt_tokens(prompt)
+    texts = (*inputs.values(), *(str(value) for value in call.params.values()))
+    found, tokens = raised(call.data_class, texts), prompt_tokens(prompt)
     # What a caller calls personal may hold names, which no rule finds.
-    if not redact or found is declared:
+    if not redact or found is call.data_class:
         return found, None, tokens
-    return found, declared, max(tokens, prompt_tokens(Redaction().veil(prompt)))
+    return found, call.data_class, max(tokens, prompt_tokens(Redaction().veil(prompt)))
 
 
 def shows(prompt: Prompt) -> bool:

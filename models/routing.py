@@ -432,9 +432,8 @@ def needs_of(
     task: Task, call: Call, prompt: Prompt, inputs: Inputs | None = None, wanted: TaskSettings | None = None
 ) -> Needs:
     """The hard constraints of a call whose prompt is known; personal data in its inputs raises its class."""
-    texts = (*(inputs or {}).values(), *(str(value) for value in call.params.values()))
     wanted = wanted or TaskSettings()
-    data_class, redacted, tokens = classes_of(call.data_class, texts, prompt, wanted.redact)
+    data_class, redacted, tokens = classes_of(call, inputs or {}, prompt, wanted.redact)
     return Needs(
         data_class=data_class,
         region=call.region,
