@@ -153,7 +153,7 @@ def lines(seen: Seen) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def ratios(seen: Seen, ours: str, other: str, concurrency: int) -> dict[str, float]:
-    """How many times as many requests per second, of turns that stood side by side; and of CPU time likewise."""
+    """How many times as many requests per second, of turns side by side, and how little CPU for each."""
     pairs = list(zip(seen[ours][concurrency].turns, seen[other][concurrency].turns, strict=True))
     each = [mine.per_second / its.per_second for mine, its in pairs]
     cpu = [its.cpu_milliseconds / mine.cpu_milliseconds for mine, its in pairs]
