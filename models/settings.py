@@ -172,7 +172,7 @@ class TaskSettings(Frozen):
     tier: Name | None = None
     """The only tier that may take it."""
     redact: bool = False
-    """A tier that may not see personal data may take it with placeholders, which are put back in the answer."""
+    """A tier that may not see personal data takes it with marks in its place; the answer has it again."""
     wrong_costs: Decimal | None = Field(default=None, ge=0)
     """What a wrong answer costs, in the currency of the tiers. With it models are asked how sure they are,
     and an answer goes on to the next tier where its calibrated chance of being wrong costs more than that."""

@@ -200,7 +200,7 @@ class _Composer:
         settings = self._settings
         short = ShortTerm(KEPT_SHORTLY, SHORT_TERM, utc_now, metered(get_meter("countersign")))
         looks = (look for one in settings.prewarm for look in one.looks(settings.tenant))
-        knowing = Knowing(self._database, short, utc_now, looks)
+        knowing = Knowing(self._memories(), short, utc_now, looks)
         await self._background(keep_known, knowing)
         return knowing
 
@@ -272,6 +272,11 @@ class _Composer:
         client = await self._stack.enter_async_context(http_client(tier))
         return chat_endpoint(tier, client, accepted_by_use(self._database, tier.name))
 
+    def _memories(self) -> Database:
+        """Where memory is; a region's is in its own database, and sees nothing else."""
+        home = home_behind(self._database)
+        return self._database if home is None else home.database
+
     async def _remember(self) -> Worker:
         settings = self._settings.embeddings
         embedder = self._parts.embedder
@@ -279,9 +284,7 @@ class _Composer:
             client = await self._stack.enter_async_context(http_client(settings))
             embedder = embedding_adapter(settings, client)
         dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
-        # What a region remembers is in its own database, and a recall there sees nothing else.
-        home = home_behind(self._database)
-        database = self._database if home is None else home.database
+        database = self._memories()
         leases = Leases(database, f"remember-{uuid.uuid4()}", utc_now)
         vectors = await self._vectors(database, leases, dimensions)
         store = MemoryStore(database, ContentStore(database), embedder, vectors)
