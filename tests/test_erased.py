@@ -18,10 +18,12 @@ from activities.services.keeping import take
 from activities.services.ledger_export import of_database, of_lines, to_lines
 from activities.services.ledger_store import add_in
 from activities.services.migrations import migrate
+from activities.services.regions import Home, bind
 from activities.services.vault import KEY, Keys
 from activities.services.verifier import Report, Verifier, check_database
 from models.ledger import Draft, EventType
-from models.memory import Cause, Memo
+from models.loop import Ref
+from models.memory import Cause, Kept, Memo
 from scripts import verify_ledger
 from tests.ledgers import NOW, TENANT, fill
 
@@ -189,3 +191,31 @@ async def test_a_key_is_destroyed_on_an_order_and_not_before(tmp_path: Path, mic
     codes, said = await judged(place)
     assert codes == ({0} if micros == 0 else {1}), said
     place.database.close()
+
+
+async def test_a_region_s_process_erases_what_the_region_holds(tmp_path: Path) -> None:
+    urls = [f"sqlite:///{tmp_path / name}.db" for name in ("centre", "eu")]
+    for url in urls:
+        migrate(url)
+    home = guard(Database(urls[1]), Keys("eu1", {"eu1": b"e" * 32}))
+    centre = bind(Database(urls[0]), Home("eu", home))
+
+    def told(link: Connection) -> Ref:
+        ref = put_blob(link, TENANT, b"Ann lives in Zanzibar", "text/plain", subject=ANN)
+        add_in(link, TENANT, draft("told", EventType.REQUEST, {"body": ref.model_dump(mode="json")}), NOW)
+        return ref
+
+    ref = await centre.write(told)
+    memo = Memo(tenant=TENANT, kind="fact", title="Zanzibar", text=ref, source="told", subject=ANN)
+    assert (await home.write(lambda link: take(link, memo, NOW, Cause()))).what is Kept.KEPT
+    checkpoints = Checkpoints(centre, load_key(tmp_path), "countersign")
+    key = checkpoints.key(TENANT)
+    receipt = await Erasure(centre, lambda: NOW).forget(TENANT, ANN, by="dpo")
+    assert receipt.removed["records"] == receipt.removed["texts"] == 1
+    await checkpoints.write(TENANT)
+    report = await centre.read(lambda link: check_database(link, TENANT, key.name, [key], []))
+    assert (report.status, report.findings) == ("sound", ())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in files if b"zanzibar" in path.read_bytes().lower()] == []
+    for one in (centre, home):
+        one.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -26,6 +27,7 @@ from activities.services.discreet import names_of
 from activities.services.keeping import GIVEN, SUPPORT
 from activities.services.ledger_export import CHUNK, payloads
 from activities.services.ledger_store import EVENT, add_in, entries_in
+from activities.services.regions import NAMES, home_behind
 from activities.services.short_term import ShortTerm
 from activities.services.vectors import EMBEDDING, MEMORY
 from activities.services.words import compact_words
@@ -119,44 +121,60 @@ class Erasure:
         """
         if not subject:
             raise UnknownName("subject: give the subject that is to be forgotten")
-        found = await self._database.write(lambda link: _find(link, tenant, subject))
-        if not found.ids and not found.beliefs and not found.digests:
+        found = {one: await one.write(lambda link: _find(link, tenant, subject)) for one in self._places()}
+        if not any(one.ids or one.beliefs or one.digests for one in found.values()):
             raise UnknownName(
                 f"subject: nothing is known about {subject!r}; `countersign memory stats` counts"
             )
-        named = await self._database.read(lambda link: _in_ledger(link, tenant, found.digests))
-        order = await self._order(tenant, subject, by, found, named)
-        for model in found.models if self._index else ():
-            await self._index_of().delete(tenant, model, found.ids)
-        shared, answers = await self._database.write(lambda link: self._erase(link, tenant, subject, found))
-        removed = {
-            "records": len(found.ids),
-            "beliefs": found.beliefs,
-            "texts": len(found.digests) - len(shared),
-            "answers": answers,
-            "cached": self._cache.drop(tenant, subject) if self._cache else 0,
-            "notices": await asyncio.to_thread(self._tear_up, named.intents),
-        }
-        scrubbed = await asyncio.to_thread(self._scrub)
-        left = await self._left(tenant, subject, found, shared, named.intents)
-        left["write_ahead_log"] = 0 if scrubbed else 1
+        texts = sorted({digest for one in found.values() for digest in one.digests})
+        named = await self._database.read(lambda link: _in_ledger(link, tenant, texts))
+        order = await self._order(tenant, subject, by, [one.key for one in found.values()], named)
+        removed, left, shared = Counter[str](), Counter[str](), 0
+        for place, one in found.items():
+            stays = await self._empty(place, tenant, subject, one, removed)
+            left.update(await self._left(place, tenant, subject, one, stays))
+            shared += len(stays)
+        removed["cached"] = self._cache.drop(tenant, subject) if self._cache else 0
+        removed["notices"] = await asyncio.to_thread(self._tear_up, named.intents)
+        left["notices"] = len(await asyncio.to_thread(self._papers, named.intents))
+        left["cache"] = self._cache.holds(tenant, subject) if self._cache else 0
         if any(left.values()):
-            raise MemoryUnavailable(f"erasure: something is left ({left}); erase again")
-        body = {"order": order, "removed": removed, "left": left, "shared": len(shared)}
+            raise MemoryUnavailable(f"erasure: something is left ({dict(left)}); erase again")
+        body = {"order": order, "removed": dict(removed), "left": dict(left), "shared": shared}
         event = await self._log(tenant, subject, by, EventType.ERASURE, body)
         return Erased(
             subject_id=subject_id(tenant, subject),
             event_id=event,
-            removed=removed,
-            left=left,
-            shared=len(shared),
+            removed=dict(removed),
+            left=dict(left),
+            shared=shared,
         )
 
-    async def _order(self, tenant: str, subject: str, by: str, found: _Found, named: _Named) -> str:
+    def _places(self) -> list[Database]:
+        """Where texts and records are: here, and in the region's database in a process of a region."""
+        home = home_behind(self._database)
+        return [self._database] if home is None else [self._database, home.database]
+
+    async def _order(
+        self, tenant: str, subject: str, by: str, keys: Sequence[str | None], named: _Named
+    ) -> str:
         """Log what is going to be erased, before anything is; returns the event's id."""
-        body: dict[str, Any] = {"payloads": list(named.payloads)}
-        body |= {} if found.key is None else {"key": found.key}
+        first, *others = [key for key in keys if key is not None] or [None]
+        body: dict[str, Any] = {"payloads": [*named.payloads, *others]}
+        body |= {} if first is None else {"key": first}
         return await self._log(tenant, subject, by, EventType.ERASURE_ORDER, body)
+
+    async def _empty(
+        self, place: Database, tenant: str, subject: str, found: _Found, removed: Counter[str]
+    ) -> frozenset[str]:
+        """Remove it all from one database, and vectors beside it; the texts that stay for others."""
+        for model in found.models if self._index else ():
+            await self._index_of().delete(tenant, model, found.ids)
+        shared, answers = await place.write(lambda link: self._erase(link, tenant, subject, found))
+        texts = len(found.digests) - len(shared)
+        counts = {"records": len(found.ids), "beliefs": found.beliefs, "texts": texts, "answers": answers}
+        removed.update(counts)
+        return shared
 
     def _erase(
         self, link: Connection, tenant: str, subject: str, found: _Found
@@ -169,12 +187,11 @@ class Erasure:
         return _erase(link, tenant, subject, found, now)
 
     async def _left(
-        self, tenant: str, subject: str, found: _Found, shared: frozenset[str], intents: Sequence[str]
+        self, place: Database, tenant: str, subject: str, found: _Found, shared: frozenset[str]
     ) -> dict[str, int]:
-        left = await self._database.read(lambda link: _look(link, tenant, subject, found, shared))
-        left["notices"] = len(await asyncio.to_thread(self._papers, intents))
-        if self._cache is not None:
-            left["cache"] = self._cache.holds(tenant, subject)
+        scrubbed = await asyncio.to_thread(self._scrub, place)
+        left = await place.read(lambda link: _look(link, tenant, subject, found, shared))
+        left["write_ahead_log"] = 0 if scrubbed else 1
         for model in found.models if self._index else ():
             held = await self._index_of().held(tenant, model, found.ids)
             left["index"] = left.get("index", 0) + held
@@ -219,14 +236,14 @@ class Erasure:
             path.unlink(missing_ok=True)
         return len(papers)
 
-    def _scrub(self) -> bool:
+    def _scrub(self, place: Database) -> bool:
         """Rewrite the file, so that deleted bytes stand neither in free pages nor in the write-ahead log.
 
         False: somebody reads an old state of it, for which SQLite keeps the log.
         """
-        if self._database.engine.dialect.name != "sqlite":
+        if place.engine.dialect.name != "sqlite":
             return True
-        raw = self._database.engine.raw_connection()
+        raw = place.engine.raw_connection()
         cursor = raw.cursor()
         try:
             cursor.execute(f"PRAGMA busy_timeout = {self._patience}")
@@ -284,6 +301,7 @@ def _erase(
     for part in _parts(gone):
         connection.execute(delete(BLOB).where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)))
         connection.execute(delete(GIVEN).where(GIVEN.c.tenant == tenant, GIVEN.c.digest.in_(part)))
+        connection.execute(delete(NAMES).where(NAMES.c.tenant == tenant, NAMES.c.digest.in_(part)))
     compact_words(connection)
     return shared, cache.drop_in(connection, tenant, gone)
 
