@@ -40,6 +40,8 @@ ROUND = 10
 TWICE_PERCENT = 10
 PATIENCE = timedelta(seconds=20)
 PAUSE = 0.1
+IN_FLIGHT = 10
+"""Updates that Temporal lets a run have at a time; whoever comes beyond that waits longer than for a turn."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -87,6 +89,7 @@ class Decider:
     client: Client
     database: Database
     tenant: str
+    turn: asyncio.Semaphore
     heard: Heard
     """Told of every answer, as it is heard."""
 
@@ -140,7 +143,8 @@ class Decider:
         await tell(self.client, self.tenant, SUBJECT, mail, self.plan.terms)
 
     async def _settle(self, mail: Mail) -> Handled:
-        return await settle(self.client, self.tenant, SUBJECT, mail, PATIENCE, self.plan.terms)
+        async with self.turn:
+            return await settle(self.client, self.tenant, SUBJECT, mail, PATIENCE, self.plan.terms)
 
 
 async def insist(call: Callable[[], Awaitable[T]]) -> T:
@@ -156,7 +160,8 @@ async def serve(settings: Settings, plan: Plan, names: Iterable[str], heard: Hea
     """Run deciders to their end."""
     client = await connect(settings.temporal)
     database = Database(settings.database_url)
-    own = (Decider(name, plan, client, database, settings.tenant, heard) for name in names)
+    turn = asyncio.Semaphore(max(1, IN_FLIGHT // plan.processes))
+    own = (Decider(name, plan, client, database, settings.tenant, turn, heard) for name in names)
     await asyncio.gather(*(one.run() for one in own))
     database.close()
 

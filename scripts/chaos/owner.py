@@ -115,11 +115,13 @@ class Rig:
         if before is None or not _signalled(pid, signal.SIGSTOP):
             return False
         try:
-            with suppress(RPCError):
-                await self._chaos.client.get_workflow_handle(self._owner, run_id=before).terminate("chaos")
+            await self._chaos.client.get_workflow_handle(self._owner, run_id=before).terminate("chaos")
             until, handled = time.monotonic() + STOPPED, await self.handled()
             while time.monotonic() < until and await self.handled() == handled:  # noqa: ASYNC110 - as above
                 await asyncio.sleep(POLL)
+        except RPCError:
+            # It had handed over just before.
+            return False
         finally:
             _signalled(pid, signal.SIGCONT)
         return True
