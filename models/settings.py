@@ -374,12 +374,14 @@ class Settings(Frozen):
 
     @field_validator("regions")
     @classmethod
-    def _keys_are_the_regions_own(
+    def _what_is_kept_is_the_regions_own(
         cls, regions: dict[Name, RegionSettings], info: ValidationInfo
     ) -> dict[Name, RegionSettings]:
         kept: EncryptionSettings = info.data.get("encryption", EncryptionSettings())
         taken = {key.file for key in kept.keys} if kept.enabled else set[Path]()
         for name, region in regions.items():
+            if region.database and region.database == info.data.get("database"):
+                raise _refused(f"region {name} names the centre's database; give it one of its own")
             if taken & {key.file for key in region.keys if key.id == region.current}:
                 raise _refused(f"region {name} seals under a key of the centre's; give it a file of its own")
         return regions

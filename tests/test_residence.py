@@ -18,6 +18,7 @@ from activities.services.residence import stores, withheld
 from models.canonical import sha256
 from models.errors import InvalidInput, RegionBound
 from models.settings import EncryptionSettings, KeySettings, RegionSettings, Settings
+from scripts.commands.start import request_of
 
 TEXT = b"what the quokka said"
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -128,6 +129,19 @@ def test_a_region_seals_always_and_by_keys_that_the_centre_has_not(places: Place
     shared = EncryptionSettings(enabled=True, keys=region("eu").keys, current="eu1")
     with pytest.raises(ValidationError, match="eu seals under a key of the centre's"):
         Settings(encryption=shared, regions={"eu": region("eu")})
+    with pytest.raises(ValidationError, match="eu names the centre's database"):
+        Settings(database="sqlite:///one.db", regions={"eu": region("eu", database="sqlite:///one.db")})
+
+
+def test_a_command_keeps_nothing_of_a_request_that_is_another_places(places: Places) -> None:
+    def asked(name: str | None, tenant: str) -> str | None:
+        settings = places.at(name).model_copy(update={"tenant": tenant})
+        return request_of(settings, "external", b"{}").region
+
+    assert (asked("eu", "of-eu"), asked("eu", "default"), asked(None, "default")) == ("eu", "eu", None)
+    for name, tenant in ((None, "of-eu"), ("us", "of-eu")):
+        with pytest.raises(InvalidInput, match='every request of of-eu is bound to "eu"'):
+            asked(name, tenant)
 
 
 def test_a_region_that_nobody_set_up_is_refused() -> None:

@@ -20,6 +20,7 @@ from models.errors import InvalidInput, UnknownName
 from models.ledger import EventType
 from models.loop import Outcome, Ref, Request, Status, workflow_id
 from models.people import PERSON, People, unfit
+from models.regions import misplaced
 from models.settings import Settings
 from scripts.commands.session import Json, Session, console, opened, reach, said
 from scripts.commands.show import print_outcome
@@ -132,12 +133,12 @@ def request_of(
     """The request for these bytes; without a key the content names it.
 
     Raises:
-        InvalidInput: the key is too long or empty.
+        InvalidInput: the key is too long or empty, or the tenant's requests are another region's.
     """
     ref = Ref(digest=sha256(data), size=len(data), media_type=MEDIA.get(agent, "application/octet-stream"))
     key = sha256(agent.encode() + b"\n" + data)[:20] if key is None else key
     try:
-        return Request(
+        request = Request(
             tenant=settings.tenant,
             agent=agent,
             region=settings.region,
@@ -147,6 +148,9 @@ def request_of(
         )
     except ValidationError:
         raise InvalidInput.field("--key", key, "write 1 to 200 characters") from None
+    if (wrong := misplaced(settings, request)) is not None:
+        raise InvalidInput(wrong)
+    return request
 
 
 def about(request: Request, subject: str | None) -> Request:
