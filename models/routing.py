@@ -20,7 +20,7 @@ from models.errors import BudgetExceeded, CountersignError, DeadlineMissed, Poli
 from models.inference import Bar, Call, Candidate, Inputs, Needs, Prompt, Route, Task
 from models.loop import Amount, Cost, Frozen, Name
 from models.redaction import classes_of
-from models.settings import TaskSettings, TierSettings
+from models.settings import AS_IT_IS, TaskSettings, TierSettings
 
 MOST_TIERS = 2
 """The chosen one and one fallback."""
@@ -432,7 +432,7 @@ def needs_of(
     task: Task, call: Call, prompt: Prompt, inputs: Inputs | None = None, wanted: TaskSettings | None = None
 ) -> Needs:
     """The hard constraints of a call whose prompt is known; personal data in its inputs raises its class."""
-    wanted = wanted or TaskSettings()
+    wanted = wanted or AS_IT_IS
     data_class, redacted, tokens = classes_of(call, inputs or {}, prompt, wanted.redact)
     return Needs(
         data_class=data_class,
@@ -449,7 +449,7 @@ def needs_of(
 
 def estimate(needs: Needs, tier: TierSettings, measured: Measured | None = None) -> Cost:
     """What the call would take there: as measured, else as the settings say, else unknown."""
-    seen = measured if measured is not None and measured.calls else Measured()
+    seen = measured if measured is not None and measured.calls else _NOTHING_KNOWN.measured
     amount, currency = seen.amount, seen.currency
     if amount is None:
         amount, currency = _expected_amount(needs, tier)

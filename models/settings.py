@@ -181,6 +181,10 @@ class TaskSettings(Frozen):
     other half asks the next tier whatever it says."""
 
 
+AS_IT_IS = TaskSettings()
+"""For a task of which the settings say nothing."""
+
+
 class LedgerSettings(Frozen):
     """How the ledger is signed, and who keeps what was signed."""
 

@@ -58,7 +58,7 @@ from models.inference import (
 )
 from models.loop import Cost, Ref
 from models.routing import REPAIR_TOKENS, RoutePolicy, needs_of, price
-from models.settings import TaskSettings, TierSettings
+from models.settings import AS_IT_IS, TaskSettings, TierSettings
 
 PROBE = Prompt(messages=(Message(role="user", content="Say yes."),), max_tokens=1, temperature=0)
 
@@ -180,7 +180,7 @@ class Answerer:
             raise InvalidInput.field(
                 "answer_schema", None, f"{task.name} is structured; build it with a schema"
             )
-        wanted = self._wanted.get(task.name, TaskSettings())
+        wanted = self._wanted.get(task.name, AS_IT_IS)
         seconds = task.cache_seconds if wanted.cache_seconds is None else wanted.cache_seconds
         needs = needs_of(task, call, prompt, inputs, wanted)
         return Question(task, call, inputs, prompt, needs, seconds)

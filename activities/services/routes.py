@@ -47,7 +47,7 @@ from models.routing import (
     needs_of,
     price,
 )
-from models.settings import TaskSettings, TierSettings
+from models.settings import AS_IT_IS, TaskSettings, TierSettings
 from models.tables import ModelCall, table
 from models.visibility import infer_queue
 
@@ -209,7 +209,7 @@ class Routes:
             DeadlineMissed: none that can be expected to answer in time.
         """
         task = self._task(order.call.task)
-        wanted = self._wanted.get(task.name, TaskSettings())
+        wanted = self._wanted.get(task.name, AS_IT_IS)
         prompt, needs = await self._needs(task, order, wanted)
         now = self._clock()
         asked = _Asked(
