@@ -249,8 +249,8 @@ def test_a_record_that_went_through_json_gives_the_same_decision(wish, tiers, kn
 
 
 def test_random_requests_over_random_faults_never_reach_a_tier_that_may_not_see_them():
-    violations: Violations = hammer(examples=300, seed=1)
-    assert violations.examples == 300
+    violations: Violations = hammer(examples=1000, seed=1)
+    assert violations.examples == 1000
     assert violations.found == ()
     assert min(violations.reached.values()) > 0, violations.reached
 

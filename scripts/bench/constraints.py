@@ -1,9 +1,9 @@
 """Random requests over random faults: `python -m scripts.bench constraints --examples 1000000`.
 
-Each request is routed, asked, and led through whatever its faults lead to: fallback, repair, an open breaker,
-the cache, the queue, and a caller that names a tier the router did not. What a model server receives is held
-against the request's own truth by rules written here once more, not by the rules under test. Prints one JSON
-object; a single violation fails.
+Each request is routed, asked, and led through whatever its faults lead to: fallback, doubt and the next tier,
+repair, an open breaker, the cache, the queue, and a caller that names a tier the router did not. What a model
+server receives is held against the request's own truth by rules written here once more, not by those under
+test. Prints one JSON object; a single violation fails.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from activities.services.cache import Cache, Key
 from activities.services.database import Database
 from activities.services.router import PROBE, Answerer
 from models.budget import Account
+from models.calibration import Odds, Step
 from models.errors import (
     AllTiersFailed,
     BudgetExceeded,
@@ -39,7 +40,19 @@ from models.errors import (
     RateLimited,
     TierUnavailable,
 )
-from models.inference import Answered, Call, Completion, DataClass, Message, Prompt, Task
+from models.inference import (
+    Answered,
+    Call,
+    Completion,
+    DataClass,
+    Grant,
+    Message,
+    Prompt,
+    Route,
+    Task,
+    TokenChance,
+    Weigh,
+)
 from models.loop import Ref
 from models.routing import Measured, Snapshot, Telemetry, Wish, decide, needs_of
 from models.settings import TaskSettings, TierSettings
@@ -54,7 +67,10 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required":
 PERSONAL = ("ask ann@example.org", "call +49 30 1234567", "from 203.0.113.7")
 PLAIN = ("a kettle", "two bicycles", "opening hours")
 NOW = datetime(2026, 5, 4, tzinfo=UTC)
-PATHS = ("first", "fallback", "repaired", "cached", "queued", "named by the caller", "refused", "failed")
+PATHS = (
+    *("first", "fallback", "doubted", "repaired", "cached", "queued"),
+    *("named by the caller", "refused", "failed"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +113,8 @@ class Kept(Cache):
     async def once(self, key: Key, make: Callable[[], Awaitable[Answered]]) -> Answered:
         """Keep what is made."""
         made = await super().once(key, make)
-        self.answers[key] = made
+        if not made.unsure:
+            self.answers[key] = made
         return made
 
 
@@ -144,6 +161,9 @@ class Server:
             completion_tokens=5,
             model=f"model of {self.name}",
             milliseconds=1,
+            chances=(
+                TokenChance(token='"b"', logprob=-0.1, margin=self._world.random.choice((0.1, 0.2, 3.0))),
+            ),
         )
 
     async def ready(self) -> bool:
@@ -225,7 +245,9 @@ class World:
         task = TASKS[call.task]
         needs = needs_of(task, call, task.build({}, call.params), {}, wanted)
         snapshot = self._snapshot()
-        decision = decide(Wish(task=task.name, prefer=task.prefer, needs=needs), self.tiers, snapshot)
+        wrong, both = rng.choice((None, 10**6)), rng.random() < 0.6
+        wish = Wish(task=task.name, prefer=task.prefer, needs=needs, wrong=wrong, both=both)
+        decision = decide(wish, self.tiers, snapshot)
         self._money(decision.holds, decision.route.tiers, snapshot)
         if rng.random() < 0.1:
             await self._named(call)
@@ -235,19 +257,23 @@ class World:
             self.seen.reached["refused"] += 1
             return
         self.seen.reached["queued"] += decision.route.queued
-        await self._chain(call, decision.route.tiers)
+        await self._chain(call, decision.route)
 
-    async def _chain(self, call: Call, tiers: tuple[str, ...]) -> None:
+    async def _chain(self, call: Call, route: Route) -> None:
         """As the loop does it."""
-        for number, name in enumerate(tiers):
+        grant = Grant(weigh=Weigh(workflow_id="run", route="route"), bar=route.bar)
+        for number, name in enumerate(route.tiers):
             self._queue(name)
             before = self.asked_again
             try:
-                answered = await self.answerer.answer(self.truth.tenant, call, name)
+                answered = await self.answerer.answer(self.truth.tenant, call, name, grant)
             except GO_ON:
                 continue
             except CountersignError:
                 break
+            if answered.unsure:
+                self.seen.reached["doubted"] += 1
+                continue
             self._answered(answered, number, before)
             return
         self.seen.reached["failed"] += 1
@@ -313,9 +339,10 @@ class World:
         accounts = ()
         if rng.random() < 0.3:
             accounts = (Account(name="acme", currency="EUR", cap=rng.choice((0, 500, 10_000))),)
-        return Snapshot(tiers={tier.name: self._telemetry() for tier in self.tiers}, accounts=accounts)
+        tiers = {tier.name: self._telemetry(f"model of {tier.name}") for tier in self.tiers}
+        return Snapshot(tiers=tiers, accounts=accounts)
 
-    def _telemetry(self) -> Telemetry:
+    def _telemetry(self, model: str) -> Telemetry:
         rng = self.random
         measured = Measured(
             calls=30,
@@ -324,7 +351,11 @@ class World:
             slow_milliseconds=rng.choice((None, 100, 900)),
             escalated_permille=rng.choice((None, 0, 900)),
         )
+        right = rng.choice((0, 50)), rng.choice((60, 100))
+        steps = tuple(Step(least=500 * n, right=one, count=100, seen=100) for n, one in enumerate(right))
         return Telemetry(
+            model=model,
+            odds=rng.choice((None, *(Odds(own=steps),) * 3)),
             measured=measured,
             suspended=rng.random() < 0.3,
             cached=rng.random() < 0.2,
@@ -335,7 +366,7 @@ class World:
     def _tier(self, name: str) -> TierSettings:
         rng = self.random
         priced: dict[str, Any] = {}
-        if rng.random() < 0.7:
+        if rng.random() < 0.8:
             price = Decimal(rng.choice((0, 1, 10)))
             priced = {
                 "price_per_million_input": price,
