@@ -1,9 +1,9 @@
 """What durable appends cost: `python -m scripts.bench ledger [--postgres] [--kills 100] [--rounds 0]`.
 
 Everything runs beside a floor, a bare driver that commits each event by itself, with the same bytes, the same
-tree nodes and the same pragmas, and on SQLite beside the `eventsourcing` library. Rounds alternate, so that a
-busy machine slows all of them; ratios are of rounds side by side. Afterwards a writer is killed again and
-again, which is all there is with `--rounds 0`. Prints one JSON object.
+tree nodes and the same pragmas, and on SQLite beside the `eventsourcing` library. Rounds alternate in every
+order, so that a busy machine slows all of them; ratios are of rounds side by side. Afterwards a writer is
+killed again and again, which is all there is with `--rounds 0`. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import cycle, permutations
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +136,24 @@ def _fsync(url: str) -> float | None:
 
 
 def _beside(url: str, options: argparse.Namespace, processes: int, tasks: int) -> dict[str, Any]:
-    ours, floors, peers = list[Measured](), list[Measured](), list[Measured]()
+    place = Path(make_url(url).database or "")
+    ways: dict[str, Callable[[int], Measured]] = {
+        "ours": lambda _: _round(url, grouped, processes, (options.seconds, tasks)),
+        "one_commit_per_event": lambda _: _round(url, floor, processes, (options.seconds,)),
+    }
+    if PEERS.exists() and url.startswith("sqlite"):
+        ways["eventsourcing"] = lambda number: _peer(
+            f"{place}-peer-{processes}-{number}", options.seconds, processes, tasks
+        )
+    seen = {name: list[Measured]() for name in ways}
+    # In every order: a disk that was just written to hard serves the next one worse.
+    orders = cycle(permutations(ways))
     for number in range(options.rounds):
-        floors.append(_round(url, floor, processes, (options.seconds,)))
-        if PEERS.exists() and url.startswith("sqlite"):
-            file = f"{make_url(url).database}-peer-{processes}-{number}"
-            peers.append(_peer(file, options.seconds, processes, tasks))
-        ours.append(_round(url, grouped, processes, (options.seconds, tasks)))
-    report = {"ours": _said(ours), "one_commit_per_event": _said(floors), "times": _times(ours, floors)}
-    if peers:
-        report |= {"eventsourcing": _said(peers), "times_eventsourcing": _times(ours, peers)}
-    return report
+        for name in next(orders):
+            seen[name].append(ways[name](number))
+    others = [name for name in ways if name != "ours"]
+    said: dict[str, Any] = {name: _said(seen[name]) for name in ways}
+    return said | {f"times_{name}": _times(seen["ours"], seen[name]) for name in others}
 
 
 def _said(rounds: Sequence[Measured]) -> dict[str, Any]:
@@ -158,11 +166,13 @@ def _said(rounds: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
-def _times(ours: Sequence[Measured], theirs: Sequence[Measured]) -> dict[str, float]:
+def _times(ours: Sequence[Measured], theirs: Sequence[Measured]) -> dict[str, Any]:
     """How many times as fast, of rounds side by side."""
-    times = [one.rate / other.rate for one, other in zip(ours, theirs, strict=True)]
+    pairs = [(one.rate, other.rate) for one, other in zip(ours, theirs, strict=True)]
+    times = [one / other for one, other in pairs]
     said = {"min": min(times), "median": statistics.median(times), "max": max(times)}
-    return {name: round(value, 2) for name, value in said.items()}
+    rounds = [f"{one:.0f} to {other:.0f}" for one, other in pairs]
+    return {name: round(value, 2) for name, value in said.items()} | {"rounds": rounds}
 
 
 def _peer(file: str, seconds: float, processes: int, threads: int) -> Measured:
