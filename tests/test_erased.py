@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sqlalchemy import Connection, delete, update
 
 from activities.services.checkpoints import Checkpoints, load_key
@@ -219,3 +223,36 @@ async def test_a_region_s_process_erases_what_the_region_holds(tmp_path: Path) -
     assert [path.name for path in files if b"zanzibar" in path.read_bytes().lower()] == []
     for one in (centre, home):
         one.close()
+
+
+@given(st.lists(st.sampled_from(("order", "order other", "erase", "receipt", "receipt other")), max_size=6))
+@settings(max_examples=12, deadline=None)
+def test_both_verifiers_agree_on_any_story_of_erasures(story: list[str]) -> None:
+    async def run(folder: Path) -> tuple[set[int], bool]:
+        place = Place(folder, sealed=False)
+        await place.fill()
+        steps: dict[str, Work] = {
+            "order": _order("o"),
+            "order other": _order("p", payloads=["f" * 64]),
+            "erase": _blob,
+            "receipt": _answer("o"),
+            "receipt other": _answer("p"),
+        }
+        for name in story:
+            await place.database.write(lambda link, name=name: steps[name](link, place))
+        codes, _ = await judged(place)
+        await asyncio.to_thread(place.database.close)
+        return codes, _is_right(story)
+
+    with tempfile.TemporaryDirectory() as folder:
+        codes, right = asyncio.run(run(Path(folder)))
+    assert codes == ({0} if right else {1})
+
+
+def _is_right(story: list[str]) -> bool:
+    """What the rule says: no erasure without its order, no receipt before its own."""
+    first = {name: story.index(name) for name in reversed(story)}
+    ordered = "erase" not in first or "order" in first
+    pairs = (("receipt", "order"), ("receipt other", "order other"))
+    # An event stands once, however often it is written.
+    return ordered and all(first.get(order, 99) < first[one] for one, order in pairs if one in first)
