@@ -103,9 +103,10 @@ record = st.tuples(
     kinds=st.sets(st.sampled_from(["post", "idea", "other"])).map(tuple),
     limit=st.integers(1, 12),
     gone=st.sets(st.integers(0, 39)),
+    block_rows=st.integers(1, 50),
 )
 def test_exact_search_equals_brute_force_with_ties_filters_and_deletions(
-    tmp_path_factory, data, query, kinds, limit, gone
+    tmp_path_factory, data, query, kinds, limit, gone, block_rows
 ):
     rows = [
         (
@@ -120,7 +121,7 @@ def test_exact_search_equals_brute_force_with_ties_filters_and_deletions(
     database = Database("sqlite:///" + str(tmp_path_factory.mktemp("search") / "memory.db"))
     try:
         MEMORY.metadata.create_all(database.engine)
-        vectors, half = ExactVectors(database, 8), len(rows) // 2
+        vectors, half = ExactVectors(database, 8, block_rows), len(rows) // 2
         asked = unit(*query)
         add(database, rows[:half])
         assert found(vectors, "one", asked, kinds, limit) == slow_search(
@@ -155,7 +156,7 @@ def test_near_ties_below_float32_resolution_are_ordered_exactly(database):
 
 def test_growth_and_compaction_keep_every_answer_right(database):
     generator = np.random.default_rng(3)
-    vectors, rows = ExactVectors(database, 16), []
+    vectors, rows = ExactVectors(database, 16, block_rows=700), []
     for batch in range(5):
         more = [
             ("one", f"r{batch}-{number:04}", "post", 0, unit(*generator.standard_normal(16)))

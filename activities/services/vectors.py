@@ -33,6 +33,7 @@ LITTLE = np.dtype("<f4")
 UNIT_TOLERANCE = 1e-3
 """How far a norm may be from 1: servers that compute in half precision stay within it."""
 READ_ROWS = 2048
+BLOCK_ROWS = 16_384
 CHUNK_ROWS = 4096
 POSITIONS_LOCK = 0x636F756E74
 SHELVES = 64
@@ -143,10 +144,11 @@ def empty_vectors(connection: Connection, tenant: str, record_id: str) -> None:
 class ExactVectors:
     """Exact cosine search; one matrix in memory per tenant and model, about the size of its data."""
 
-    def __init__(self, database: Database, dimensions: int) -> None:
+    def __init__(self, database: Database, dimensions: int, block_rows: int = BLOCK_ROWS) -> None:
         """Read nothing yet; a tenant's vectors are loaded by its first search."""
         self._database = database
         self._dimensions = dimensions
+        self._block_rows = block_rows
         self._shelves: OrderedDict[tuple[str, str], _Shelf] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -188,7 +190,8 @@ class ExactVectors:
 
     def _shelf(self, tenant: str, model: str) -> _Shelf:
         with self._lock:
-            shelf = self._shelves.pop((tenant, model), None) or _Shelf(tenant, model, self._dimensions)
+            shelf = self._shelves.pop((tenant, model), None)
+            shelf = shelf or _Shelf(tenant, model, _Blocks(self._dimensions, self._block_rows))
             self._shelves[tenant, model] = shelf
             if len(self._shelves) > SHELVES:
                 self._shelves.popitem(last=False)
@@ -196,10 +199,72 @@ class ExactVectors:
 
 
 @dataclass(frozen=True, slots=True)
+class _Matrix:
+    """Rows in blocks of one size, of which the last may be shorter."""
+
+    blocks: tuple[Vector, ...]
+    block_rows: int
+
+    def times(self, query: Vector) -> NDArray[np.float32]:
+        """The product of every row with a vector."""
+        scores = np.empty(sum(map(len, self.blocks)), np.float32)
+        for number, block in enumerate(self.blocks):
+            np.einsum("ij,j->i", block, query, out=scores[number * self.block_rows :][: len(block)])
+        return scores
+
+    def row(self, number: int) -> Vector:
+        """One row."""
+        block, at = divmod(number, self.block_rows)
+        return self.blocks[block][at]
+
+    def take(self, rows: NDArray[np.intp]) -> Vector:
+        """Some rows, copied; at least one."""
+        return np.stack([self.row(number) for number in rows.tolist()])
+
+
+class _Blocks:
+    """A matrix that grows by whole blocks, so that appending never copies what is there."""
+
+    def __init__(self, dimensions: int, block_rows: int) -> None:
+        self.dimensions, self.block_rows = dimensions, block_rows
+        self._blocks: list[Vector] = []
+
+    def write(self, start: int, rows: Vector) -> None:
+        """Put rows from that number on, which follows the last one."""
+        while len(rows):
+            number, at = divmod(start, self.block_rows)
+            part = rows[: self.block_rows - at]
+            self._room(number, at, at + len(part))[at : at + len(part)] = part
+            start, rows = start + len(part), rows[len(part) :]
+
+    def _room(self, number: int, used: int, needed: int) -> Vector:
+        """A block that may be written to; a small tenant's only one starts small."""
+        if number == len(self._blocks):
+            self._blocks.append(np.empty((0, self.dimensions), np.float32))
+        if needed > len(self._blocks[number]):
+            capacity = min(self.block_rows, _capacity(needed))
+            self._blocks[number] = _grown(self._blocks[number], used, capacity)
+        return self._blocks[number]
+
+    def first(self, count: int) -> _Matrix:
+        """So many rows, as they are; later ones do not show."""
+        whole, rest = divmod(count, self.block_rows)
+        last = (self._blocks[whole][:rest],) if rest else ()
+        return _Matrix((*self._blocks[:whole], *last), self.block_rows)
+
+    def only(self, keep: NDArray[np.intp], count: int) -> _Blocks:
+        """Others that hold some of the first `count` rows."""
+        kept, old = _Blocks(self.dimensions, self.block_rows), self.first(count)
+        for start in range(0, len(keep), self.block_rows):
+            kept.write(start, old.take(keep[start : start + self.block_rows]))
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
 class _View:
     """What one search sees; later writes go beyond its end or into new arrays."""
 
-    matrix: Vector
+    matrix: _Matrix
     recorded: NDArray[np.int64]
     ids: list[str]
     rows: NDArray[np.intp] | None
@@ -209,11 +274,11 @@ class _View:
 class _Shelf:
     """The vectors of one tenant and model; used under its lock."""
 
-    def __init__(self, tenant: str, model: str, dimensions: int) -> None:
+    def __init__(self, tenant: str, model: str, blocks: _Blocks) -> None:
         self.lock = threading.Lock()
         self._tenant, self._model = tenant, model
         self._seen = 0
-        self._matrix = np.empty((0, dimensions), np.float32)
+        self._blocks = blocks
         self._times = np.empty((0, len(TIMES)), np.int64)
         self._kinds = np.empty(0, np.int32)
         self._agents = np.empty(0, np.int32)
@@ -256,15 +321,14 @@ class _Shelf:
             owners = [self._codes.get(AGENT + name, -1) for name in ("", when.agent)]
             wanted &= np.isin(self._agents[:count], owners)
         rows = None if wanted.all() else np.flatnonzero(wanted)
-        return _View(self._matrix[:count], times[0], self._ids, rows)
+        return _View(self._blocks.first(count), times[0], self._ids, rows)
 
     def _add(self, rows: Sequence[Row[Any]]) -> None:
         if not rows:
             return
         start, end = len(self._ids), len(self._ids) + len(rows)
-        block = self._block(rows)
+        self._blocks.write(start, self._checked(rows))
         self._reserve(end)
-        self._matrix[start:end] = block
         self._times[start:end] = [tuple(row[-len(TIMES) :]) for row in rows]
         self._kinds[start:end] = [self._code(row.kind) for row in rows]
         self._agents[start:end] = [self._code(AGENT + row.agent) for row in rows]
@@ -275,8 +339,8 @@ class _Shelf:
     def _code(self, name: str) -> int:
         return self._codes.setdefault(name, len(self._codes))
 
-    def _block(self, rows: Sequence[Row[Any]]) -> Vector:
-        size = self._matrix.shape[1] * LITTLE.itemsize
+    def _checked(self, rows: Sequence[Row[Any]]) -> Vector:
+        size = self._blocks.dimensions * LITTLE.itemsize
         for row in rows:
             if len(row.vector) != size:
                 raise _unusable(row.record_id, f"{len(row.vector)} bytes instead of {size}")
@@ -290,9 +354,7 @@ class _Shelf:
     def _reserve(self, needed: int) -> None:
         if needed <= len(self._alive):
             return
-        # Untouched pages of a large allocation cost no memory, so doubling stays near 1x.
-        capacity = max(256, 1 << (needed - 1).bit_length())
-        self._matrix = _grown(self._matrix, len(self._ids), capacity)
+        capacity = _capacity(needed)
         self._times = _grown(self._times, len(self._ids), capacity)
         self._kinds = _grown(self._kinds, len(self._ids), capacity)
         self._agents = _grown(self._agents, len(self._ids), capacity)
@@ -306,12 +368,16 @@ class _Shelf:
 
     def _compact(self) -> None:
         keep = np.flatnonzero(self._alive[: len(self._ids)])
-        self._matrix, self._times = self._matrix[keep], self._times[keep]
+        self._blocks, self._times = self._blocks.only(keep, len(self._ids)), self._times[keep]
         self._kinds, self._agents = self._kinds[keep], self._agents[keep]
         self._alive = self._alive[keep]
         self._ids = [self._ids[row] for row in keep.tolist()]
         self._rows = {record_id: row for row, record_id in enumerate(self._ids)}
         self._dead = 0
+
+
+def _capacity(needed: int) -> int:
+    return max(256, 1 << (needed - 1).bit_length())
 
 
 def _grown(old: NDArray[T], used: int, capacity: int) -> NDArray[T]:
@@ -326,7 +392,7 @@ def _unusable(record_id: str, what: str) -> InvalidInput:
 
 def _winners(view: _View, query: Vector, limit: int) -> list[Near]:
     """Three sieves, each exact about what it lets fall: float32, float64, correctly rounded sums."""
-    scores = np.einsum("ij,j->i", view.matrix, query)
+    scores = view.matrix.times(query)
     if view.rows is not None:
         scores = scores[view.rows]
     count = min(limit, len(scores))
@@ -352,10 +418,10 @@ def _leaders(
     return np.flatnonzero(scores >= last - 2 * error)
 
 
-def _doubles(matrix: Vector, rows: NDArray[np.intp], query: NDArray[np.float64]) -> NDArray[np.float64]:
+def _doubles(matrix: _Matrix, rows: NDArray[np.intp], query: NDArray[np.float64]) -> NDArray[np.float64]:
     scores = np.empty(len(rows))
     for start in range(0, len(rows), CHUNK_ROWS):
-        part = matrix[rows[start : start + CHUNK_ROWS]].astype(np.float64)
+        part = matrix.take(rows[start : start + CHUNK_ROWS]).astype(np.float64)
         scores[start : start + CHUNK_ROWS] = np.einsum("ij,j->i", part, query)
     return scores
 
@@ -365,7 +431,7 @@ def _ranked(view: _View, rows: list[int], query: NDArray[np.float64], count: int
     known: dict[bytes, float] = {}
 
     def cosine(row: int) -> float:
-        vector = view.matrix[row]
+        vector = view.matrix.row(row)
         name = vector.tobytes()
         if name not in known:
             known[name] = math.fsum((vector * query).tolist())
