@@ -47,10 +47,12 @@ from models.ledger import Draft, EventType, calibration_stream
 from models.loop import Request, Status
 from models.orders import RouteOrder
 from models.routing import Measured, RoutePolicy, RouteRecord, Snapshot, Telemetry, decide, replayed
-from models.settings import ContentSettings, SiteSettings, TaskSettings, TierSettings
+from models.settings import ContentSettings, Settings, SiteSettings, TaskSettings, TierSettings
 from scripts.bench._simulated import LEVELS, World
 from scripts.bench.tiers import played, wilson
 from scripts.cli import app
+from scripts.commands.route import explained, show
+from scripts.commands.session import Session
 from temporal.client import submit
 from tests.conftest import ROLES, a_key, settings_for, stack_of
 from tests.test_agents_content import BRIEF, copywriter
@@ -688,7 +690,7 @@ async def test_a_run_asks_on_where_an_answer_is_doubted_and_keeps_it_where_nobod
             digest = await stack.digest(run)
         events = await stack.events(run)
         falls = [event.body for event in events if event.type is EventType.FALLBACK]
-        unsure_ones = [fall for fall in falls if fall["reason"] == "sure to 95 of 1000"]
+        unsure_ones = [fall for fall in falls if fall["reason"] == "not sure enough, 95 of 1000"]
         assert {fall["task"] for fall in unsure_ones} == set(tasks)
         assert {fall["task"] for fall in falls if fall["tier"] == "large"} == {tasks[0], tasks[2]}
         heard = [event.body for event in events if event.type is EventType.ANSWER]
@@ -718,3 +720,15 @@ def test_no_policy_of_any_kind_is_cheaper_than_the_known_optimum():
 
 def test_a_share_stands_with_its_interval():
     assert wilson(13, 14) == {"percent": 92.9, "low": 68.5, "high": 98.7}
+
+
+async def test_explain_says_from_where_on_an_answer_is_taken(database, capsys):
+    desk = Desk(database, [saying("s-1", SURE)])
+    await desk.measured()
+    await desk.keep(FITS)
+    await desk.ask("1")
+    (found,) = await explained(Session(Settings(tenant="acme"), database), "1")
+    show(found)
+    printed = capsys.readouterr().out
+    assert "small: an answer of s-1 below 200 of 1000 goes on" in printed
+    assert "replay: the same decision" in printed

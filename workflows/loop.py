@@ -198,7 +198,9 @@ class Loop(Messages):
                 if not answered.unsure:
                     return answered
                 doubted = answered
-                await self._fell(order, routed, number, f"sure to {answered.confidence} of 1000", "Unsure")
+                await self._fell(
+                    order, routed, number, f"not sure enough, {answered.confidence} of 1000", "Unsure"
+                )
         # An answer that was doubted is better than none.
         return doubted or tuple(failures)
 

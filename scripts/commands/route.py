@@ -133,6 +133,10 @@ def show(one: Explained) -> None:
     for candidate in record.route.candidates:
         table.add_row(*_row(candidate, record.route.tiers))
     out.print(table)
+    if (bar := record.route.bar) is not None:
+        out.print(
+            f"{bar.tier}: an answer of {bar.model} below {bar.confidence} of 1000 goes on to the next tier"
+        )
     for account in record.snapshot.accounts:
         out.print(f"budget {account.name}: {account.left / 1e6:.6f} of {account.cap / 1e6:.6f} were left")
     if record.refusal:
