@@ -235,9 +235,10 @@ class Routes:
         now = self._clock()
 
         def work(link: Connection) -> None:
-            add_in(link, fell.tenant, draft.model_copy(update={"body": body}), now)
+            # Accounts before the ledger's head, as everywhere: rows locked the other way round may deadlock.
             if fell.to is None and fell.reservation is not None:
                 pay_in(link, fell.tenant, fell.reservation, (), now, settle=True)
+            add_in(link, fell.tenant, draft.model_copy(update={"body": body}), now)
 
         await self._database.write(work)
 
