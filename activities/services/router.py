@@ -344,7 +344,8 @@ class Answerer:
         door.share = breaker.share
         door.good()
         self._models[tier] = completion.model
-        tried.note(completion)
+        if self._till is not None:
+            tried.note(completion)
         return completion
 
     async def _end(self, tenant: str, grant: Grant) -> None:
