@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from temporalio.api.enums.v1 import EventType as Temporal
 from temporalio.client import WorkflowUpdateFailedError
 from temporalio.common import RawValue
 from temporalio.exceptions import ApplicationError
+from temporalio.service import RPCError, RPCStatusCode
 
 from models.gate import Judged, Kind
 from models.loop import Ref, Status
@@ -118,18 +119,29 @@ async def test_a_wrong_digest_is_judged_recorded_and_returned_as_a_value(shared:
     await shared.outcome(run)
 
 
+async def in_time(answer: Awaitable[Judged]) -> Judged:
+    """What became of an answer; the run may end on another one before this one reaches it."""
+    try:
+        return await answer
+    except RPCError as error:
+        assert error.status is RPCStatusCode.NOT_FOUND
+        return Judged(counted=False, state="closed", field="ID", remedy=str(error))
+
+
 async def test_the_second_of_two_opposite_verdicts_does_not_count(shared: Shared) -> None:
     run = await shared.propose(a_key(), note("once"))
     digest = await shared.digest(run)
     answers = await asyncio.gather(
-        shared.answer(run, Kind.APPROVE, digest), shared.answer(run, Kind.REJECT, digest, approver=BOB)
+        in_time(shared.answer(run, Kind.APPROVE, digest)),
+        in_time(shared.answer(run, Kind.REJECT, digest, approver=BOB)),
     )
     assert sorted(judged.counted for judged in answers) == [False, True]
     outcome = await shared.outcome(run)
     expected = Status.EXECUTED if answers[0].counted else Status.REJECTED
     assert outcome.status is expected
     types = await shared.types(run)
-    assert (types.count("verdict"), types.count("refusal")) == (1, 1)
+    heard = sum(judged.state != "closed" for judged in answers)
+    assert (types.count("verdict"), types.count("refusal")) == (1, heard - 1)
     assert types.count("receipt") == (1 if answers[0].counted else 0)
 
 
@@ -137,7 +149,8 @@ async def test_two_people_who_approve_at_once_carry_it_out_once(shared: Shared) 
     run = await shared.propose(a_key(), note("together"))
     digest = await shared.digest(run)
     answers = await asyncio.gather(
-        shared.answer(run, Kind.APPROVE, digest), shared.answer(run, Kind.APPROVE, digest, approver=BOB)
+        in_time(shared.answer(run, Kind.APPROVE, digest)),
+        in_time(shared.answer(run, Kind.APPROVE, digest, approver=BOB)),
     )
     assert sorted(judged.counted for judged in answers) == [False, True]
     assert (await shared.outcome(run)).status is Status.EXECUTED
@@ -245,9 +258,9 @@ async def test_a_run_that_continued_as_new_keeps_its_feedback_and_refuses_old_di
     old.append(await shared.digest(run, 2))
     # These arrive while the run is about to continue: none may be lost, and only the first counts.
     await asyncio.gather(
+        run.handle.signal("approve", "rubbish"),
         run.handle.signal("revise", {"digest": old[1], "approver": ANN, "comment": "two"}),
         run.handle.signal("approve", {"digest": old[1], "approver": BOB}),
-        run.handle.signal("approve", "rubbish"),
     )
     digest = await shared.digest(run, 3) if await _revised(shared, run) else old[1]
     if digest is not old[1]:
