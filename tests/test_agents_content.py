@@ -10,7 +10,7 @@ import pytest
 from activities.services.beliefs import Beliefs
 from activities.tiers.scripted import Scripted
 from models.beliefs import Change, Value
-from models.errors import InvalidInput
+from models.errors import InvalidInput, TierUnavailable
 from models.gate import Kind
 from models.inference import Prompt
 from models.ledger import EventType
@@ -124,6 +124,31 @@ async def test_a_model_whose_answers_are_of_no_use_still_leads_to_an_article_by_
         assert "invented" not in card
         await stack.answer(run, Kind.REJECT, digest)
         await run.handle.result()
+
+
+async def test_a_tier_that_is_down_is_asked_once_before_the_other_one_is(
+    temporal: TemporalSettings, tmp_path: Path
+) -> None:
+    tiers = tuple(
+        TierSettings(name=name, kind="llama_cpp", url="http://127.0.0.1:9") for name in ("small", "large")
+    )
+    where = SiteSettings(
+        name="site",
+        repository=Path("site.git"),
+        build=Path("site"),
+        address="http://127.0.0.1:9",
+        engine="plain",
+    )
+    limits = ContentSettings(min_words=10)
+    settings = settings_for(temporal, tmp_path, tiers=tiers, sites=(where,), content=limits)
+    large = Scripted("large", lambda prompt: TierUnavailable("large: it does not answer"))
+    parts = Parts(endpoints={"small": Scripted("small", copywriter), "large": large})
+    async with stack_of(settings, parts, ROLES) as stack:
+        run = await draft(stack)
+        await stack.answer(run, Kind.REJECT, await stack.digest(run))
+        await run.handle.result()
+        falls = [event.body for event in await stack.events(run) if event.type is EventType.FALLBACK]
+        assert len([fall for fall in falls if fall["tier"] == "large"]) == len(large.prompts) > 0
 
 
 async def test_a_second_article_on_the_same_subject_says_so_and_the_same_one_is_declined(site: Stack) -> None:

@@ -185,7 +185,9 @@ class Loop(Messages):
                     tier=tier,
                     grant=routed.grant,
                 )
-                answered = await policies.infer(ask, routed.queues[number], self.journal.admitted.pace)
+                is_last = number + 1 == len(routed.route.tiers)
+                pace = self.journal.admitted.pace
+                answered = await policies.infer(ask, routed.queues[number], pace, is_last)
             except ActivityError as error:
                 kind = policies.error_type(error)
                 if (kind not in GO_ON and doubted is None) or _is_cancelled(error):

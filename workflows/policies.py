@@ -13,6 +13,7 @@ from activities.actions import Actions
 from activities.inference import Inference
 from activities.memory import Memory
 from activities.notices import Notices
+from models.errors import TierUnavailable
 from models.inference import Answered, Ask
 from models.memory import Recall, Recalled
 from models.notices import NoticeOrder, Told
@@ -24,7 +25,13 @@ T = TypeVar("T")
 SOON = RetryPolicy(initial_interval=timedelta(milliseconds=200), maximum_interval=timedelta(seconds=30))
 """Until it works or is final: the step is owed."""
 TWICE = RetryPolicy(initial_interval=timedelta(seconds=1), maximum_attempts=2)
-"""For models: the next tier is the better second try."""
+"""For models: a worker that died is not the model's fault."""
+ELSEWHERE = RetryPolicy(
+    initial_interval=timedelta(seconds=1),
+    maximum_attempts=2,
+    non_retryable_error_types=[TierUnavailable.__name__],
+)
+"""While another tier is left: that one is the better second try for what this one did wrong."""
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=20), timedelta(minutes=10)
 """Between rounds over all tiers, while every one of them is away."""
 BOOKKEEPING = timedelta(hours=24)
@@ -113,7 +120,7 @@ async def search(recall: Recall, pace: Pace, region: str | None) -> Recalled:
     )
 
 
-async def infer(ask: Ask, queue: str, pace: Pace) -> Answered:
+async def infer(ask: Ask, queue: str, pace: Pace, is_last: bool) -> Answered:
     """Put a call to one tier. A tier without a worker counts as failed after `pace.answer`."""
     return await workflow.execute_activity_method(
         Inference.answer,
@@ -122,7 +129,7 @@ async def infer(ask: Ask, queue: str, pace: Pace) -> Answered:
         schedule_to_start_timeout=pace.answer,
         start_to_close_timeout=pace.answer,
         heartbeat_timeout=pace.heartbeat,
-        retry_policy=TWICE,
+        retry_policy=TWICE if is_last else ELSEWHERE,
         # Work waits here and not in a model server: the urgent first, and tenants in turn.
         priority=Priority(priority_key=ask.grant.priority, fairness_key=ask.tenant),
         summary=f"{ask.call.task} on {ask.tier}",
