@@ -6,16 +6,12 @@ sorted with care goes that way.
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
 from json.encoder import encode_basestring
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
-from models.canonical import MAX_SAFE_INTEGER, canonical
+from models.canonical import canonical, plain_text
 from models.ledger import Draft
-
-_AS_THEY_ARE = frozenset((str, bool, type(None)))
-_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 class Written(NamedTuple):
@@ -62,27 +58,7 @@ def _text(value: str | None) -> str:
 
 
 def _body(draft: Draft) -> str:
-    if _is_plain(draft.body):
-        return _JSON.encode(draft.body)
+    text = plain_text(draft.body)
+    if text is not None:
+        return text
     return canonical(draft.model_dump(mode="json", include={"body"})["body"]).decode()
-
-
-def _is_plain(body: dict[str, Any]) -> bool:
-    """Whether JSON's own encoder writes it as it must stand."""
-    waiting: list[Any] = [body]
-    while waiting:
-        value = waiting.pop()
-        kind = type(value)
-        if kind is dict:
-            if not all(map(_is_name, cast(dict[Any, Any], value))):
-                return False
-            waiting.extend(value.values())
-        elif kind is list:
-            waiting.extend(value)
-        elif not (kind in _AS_THEY_ARE or (kind is int and abs(value) <= MAX_SAFE_INTEGER)):
-            return False
-    return True
-
-
-def _is_name(key: Any) -> bool:
-    return type(key) is str and key.isascii()
