@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -28,6 +29,9 @@ async def run(settings: Settings, name: Role, parts: Parts | None = None) -> Non
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     client = await connect(settings.temporal, codec_of(settings.sealing, settings.data))
     async with role(client, settings, name, parts):
+        # What a worker is made of stays for good; nothing is won by looking through it again and again.
+        gc.collect()
+        gc.freeze()
         ready = settings.data / "run" / f"{name}.ready"
         ready.parent.mkdir(parents=True, exist_ok=True)
         ready.write_text(str(os.getpid()))

@@ -130,25 +130,31 @@ class Answerer:
         """
         grant = grant or Grant()
         settings = self._tier(tier)
-        async with self._in_time(tenant, call, grant):
-            question = await self._question(tenant, call)
-            tried = Try(tenant, settings, question, grant, attempt)
-            try:
-                permit(settings, question, question.prompt)
-                if self._till is not None:
-                    await self._till.resume(tried)
-                return await self._shared(tried)
-            except BaseException as error:
-                if _is_last_word(error):
-                    await self._book(tried, settle=True)
-                raise
+        if grant.deadline is None:
+            return await self._answered(tenant, call, settings, grant, attempt)
+        async with self._in_time(tenant, call, grant, grant.deadline):
+            return await self._answered(tenant, call, settings, grant, attempt)
+
+    async def _answered(
+        self, tenant: str, call: Call, tier: TierSettings, grant: Grant, attempt: int
+    ) -> Answered:
+        question = await self._question(tenant, call)
+        tried = Try(tenant, tier, question, grant, attempt)
+        try:
+            permit(tier, question, question.prompt)
+            if self._till is not None:
+                await self._till.resume(tried)
+            return await self._shared(tried)
+        except BaseException as error:
+            if _is_last_word(error):
+                await self._book(tried, settle=True)
+            raise
 
     @asynccontextmanager
-    async def _in_time(self, tenant: str, call: Call, grant: Grant) -> AsyncGenerator[None]:
-        if grant.deadline is None:
-            yield
-            return
-        left = (grant.deadline - self._clock()).total_seconds()
+    async def _in_time(
+        self, tenant: str, call: Call, grant: Grant, deadline: datetime
+    ) -> AsyncGenerator[None]:
+        left = (deadline - self._clock()).total_seconds()
         if left <= 0:
             await self._end(tenant, grant)
             raise DeadlineMissed(f"{call.task}: its deadline has passed; ask again with more time")
