@@ -29,7 +29,7 @@ class Kind(StrEnum):
 
 _EMAIL = re.compile(r"[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])")
 _PHONE = re.compile(
-    r"(?<![\w.+])(?<!\d )(?:\+|00)[1-9](?:[ ./()-]{0,2}\d){6,14}(?!\w)"
+    r"(?<!\d )(?:(?<![\w.+])\+|(?<![\w.+-])00)[1-9](?:[ ./()-]{0,2}\d){6,14}(?!\w)"
     r"|(?<![\w.+-])(?<!\d )0\d{1,4}(?: ?[/-] ?| )\d[\d -]{4,10}\d(?!\w)"
     r"|(?<![\w.+-])(?<!\d )(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[.-]\d{4}(?![\w-])"
 )
@@ -37,6 +37,28 @@ _CARD = re.compile(r"(?<![\w.])\d(?:[ -]?\d){12,18}(?!\w)")
 _IBAN = re.compile(r"(?<!\w)[A-Za-z]{2}\d{2}(?: ?[A-Za-z0-9]){11,30}(?!\w)")
 _IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
 _IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*(?![\w:])")
+_COUNTRIES = {
+    15: "NO",
+    16: "BE",
+    18: "DK FI FK FO GL NL SD",
+    19: "MK SI",
+    20: "AT BA EE KZ LT LU MN XK",
+    21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA",
+    23: "AE GI IL IQ OM SO TL",
+    24: "AD CZ ES MD PK RO SA SE SK TN VG",
+    25: "LY PT ST",
+    26: "IS TR",
+    27: "BI DJ FR GR IT MC MR SM",
+    28: "AL AZ BY CY DO GT HN HU LB NI PL SV",
+    29: "BR EG PS QA UA",
+    30: "JO KW MU YE",
+    31: "MT SC",
+    32: "LC",
+    33: "RU",
+}
+_IBAN_LENGTHS = {country: length for length, names in _COUNTRIES.items() for country in names.split()}
+"""ISO 13616: without them one random identifier in two thousand would be an account number."""
 _NOT_DIGIT = re.compile(r"\D")
 _DIGIT = re.compile(r"\d")
 
@@ -127,7 +149,7 @@ def _iban_length(written: str) -> int:
     parts = written.split(" ")
     for count in range(len(parts), 0, -1):
         reading = "".join(parts[:count])
-        if 15 <= len(reading) <= 34 and reading.isascii() and mod97(reading):
+        if len(reading) == _IBAN_LENGTHS.get(reading[:2].upper()) and reading.isascii() and mod97(reading):
             return len(" ".join(parts[:count]))
     return 0
 

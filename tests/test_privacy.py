@@ -77,3 +77,8 @@ def test_a_call_with_personal_inputs_or_params_needs_a_tier_that_may_see_them():
     loud = needs_of(task, Call(task="draft"), prompt, {"brief": "ask ann@example.org"})
     param = needs_of(task, Call(task="draft", params={"to": "ann@example.org"}), prompt)
     assert [needs.data_class for needs in (quiet, loud, param)] == ["internal", "personal", "personal"]
+
+
+def test_an_identifier_of_ours_is_no_account_number():
+    assert not found_in("bd362d3ec8a149dba5234ba5aef05a44")
+    assert found_in("DE89 3704 0044 0532 0130 00 is ours") == {Kind.IBAN}
