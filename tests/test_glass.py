@@ -27,6 +27,7 @@ from models.progress import Progress
 from models.settings import Settings, TemporalSettings
 from scripts import verify_ledger
 from scripts.commands.answer import signed
+from scripts.commands.start import begin
 from scripts.exits import Exit
 from temporal.client import Started, submit
 from tests.conftest import Stack, a_key, note, settings_for, stack_of
@@ -392,10 +393,14 @@ async def test_neither_cancelling_nor_terminating_does_away_with_a_review(room: 
     await run.handle.cancel()
     await room.state(run, "reviewing")
     await run.handle.terminate()
+    started = await begin(room.stack.settings, request, b"{}", "", wait=False)
+    assert started["was"] == "started"
     again = await submit(room.stack.client, request, room.stack.settings.temporal)
     await room.state(again, "reviewing")
     assert (await room.says(again, "bob", Kind.APPROVE, digest=digest, review=True)).counted
     assert (await again.handle.result()).status is Status.EXECUTED
+    ended = await begin(room.stack.settings, request, b"{}", "", wait=False)
+    assert ended["was"] == "ended earlier"
     assert room.stack.notes() == notes
 
 

@@ -23,7 +23,7 @@ from models.people import PERSON, People, unfit
 from models.regions import misplaced
 from models.settings import Settings
 from scripts.commands.session import Json, Session, console, opened, reach, said
-from scripts.commands.show import print_outcome
+from scripts.commands.show import print_outcome, read_run
 from scripts.exits import Exit, Refused
 from temporal.client import is_open, submit
 from workers import config, registry
@@ -53,7 +53,7 @@ def start(
     data = read_file(file)
     title = check(settings, agent, data)
     request = about(request_of(settings, agent, data, key, asking(settings, agent, as_)), subject)
-    result = asyncio.run(_start(settings, request, data, title, wait))
+    result = asyncio.run(begin(settings, request, data, title, wait))
     if as_json:
         said(result)
     else:
@@ -165,12 +165,17 @@ def about(request: Request, subject: str | None) -> Request:
         raise InvalidInput.field("--subject", subject, "write 1 to 200 characters in one line") from None
 
 
-async def _start(settings: Settings, request: Request, data: bytes, title: str, wait: bool) -> dict[str, Any]:
+async def begin(settings: Settings, request: Request, data: bytes, title: str, wait: bool) -> dict[str, Any]:
+    """Start the run of a request, unless it has ended; one whose review is still due is taken up again.
+
+    Raises:
+        InvalidInput: its key names another request.
+    """
     run = workflow_id(request.tenant, request.agent, request.key)
     async with opened(settings) as session:
         await _refuse_other_body(session, request, run)
         outcome = await session.requests.outcome(request.tenant, request.agent, request.key)
-        if outcome is not None:
+        if outcome is not None and not (await read_run(session, run)).reviewing:
             return _result("ended earlier", request, run, outcome)
         client = await reach(settings)
         word = "found" if await is_open(client, run) else "started"
