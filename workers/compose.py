@@ -66,6 +66,7 @@ from activities.services.till import Till
 from activities.services.vectors import ExactVectors
 from activities.services.witnesses import witnesses
 from activities.tiers.base import Embedder, Endpoint
+from activities.tiers.coalesced import Coalesced
 from activities.tiers.kinds import chat_endpoint
 from activities.tiers.kinds import embedder as embedding_adapter
 from activities.tiers.wire import ChatEndpoint, http_client
@@ -282,7 +283,7 @@ class _Composer:
         embedder = self._parts.embedder
         if embedder is None and settings is not None:
             client = await self._stack.enter_async_context(http_client(settings))
-            embedder = embedding_adapter(settings, client)
+            embedder = Coalesced(embedding_adapter(settings, client))
         dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
         database = self._memories()
         leases = Leases(database, f"remember-{uuid.uuid4()}", utc_now)
