@@ -1,4 +1,5 @@
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -11,6 +12,7 @@ from activities.services.migrations import migrate
 from activities.services.tidying import keep_tidy
 from models.inference import Answered, DataClass, Message, Prompt
 from models.loop import Ref
+from tests.test_cli import offline, run
 
 NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
 PROMPT = Prompt(messages=(Message(role="user", content="hello"),))
@@ -97,6 +99,23 @@ async def test_a_retraction_in_one_process_is_heard_in_another_within_a_second(c
     assert await cache.get(key) is None
     clock.now += FRESH
     assert await elsewhere.get(key) is None
+
+
+async def test_a_command_takes_the_answers_to_a_task_back(tmp_path):
+    settings = offline(tmp_path)
+    migrate(settings.database_url)
+    database = Database(settings.database_url)
+    try:
+        for task, prompt in (("draft", PROMPT), ("title", PROMPT.model_copy(update={"max_tokens": 7}))):
+            key = key_of(Scope("default", DataClass.INTERNAL, None, "p", "edge", "m", task), prompt)
+            await put(database, key, task=task)
+        said = await asyncio.to_thread(run, settings, "route", "retract", "--task", "draft", "--json")
+        assert json.loads(said.stdout) == {"retracted": 1}
+        assert "name one task" in (await asyncio.to_thread(run, settings, "route", "retract")).output
+        said = await asyncio.to_thread(run, settings, "route", "retract", "--all", "--json")
+        assert json.loads(said.stdout) == {"retracted": 1}
+    finally:
+        database.close()
 
 
 async def test_a_retraction_reaches_only_the_tenant_and_task_it_names(cache, database):

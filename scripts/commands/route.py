@@ -1,4 +1,4 @@
-"""`countersign route explain ID`: every candidate of a recorded route, and why it lost."""
+"""`countersign route explain ID`: every candidate of a recorded route, and why it lost; `retract`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rich.table import Table
 from sqlalchemy import Connection, select
 
+from activities.services.cache import Cache
 from activities.services.content import get_blob
 from activities.services.ledger_store import EVENT
 from models.card import visible
@@ -20,7 +21,7 @@ from models.errors import InvalidInput, UnknownName
 from models.inference import Candidate
 from models.ledger import Event, EventType
 from models.routing import RoutePolicy, RouteRecord, replayed
-from scripts.commands.session import Json, Session, console, opened, said
+from scripts.commands.session import Json, Session, console, opened, said, utc_now
 from scripts.exits import EXPLAINED
 from workers import config
 
@@ -56,6 +57,29 @@ def explain(
 ) -> None:
     """Show every candidate of a route, why it lost, and whether the decision can be made again."""
     asyncio.run(_explain(wanted, as_json))
+
+
+@route.command(epilog=EXPLAINED)
+def retract(
+    task: Annotated[
+        str | None, typer.Option(help="Only answers to this task; `explain` names it.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="The tenant's answers to every task.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Take cached answers back: within a second nobody is given one of them any more."""
+    if (task is None) is not everything:
+        raise InvalidInput.field("--task", task, "name one task, or say --all and no task")
+    gone = asyncio.run(_retract(task))
+    if as_json:
+        said({"retracted": gone})
+    else:
+        console().print(f"{gone} answers were taken back")
+
+
+async def _retract(task: str | None) -> int:
+    async with opened(config.load()) as session:
+        return await Cache(session.database, utc_now).retract(session.tenant, task=task)
 
 
 async def _explain(wanted: str, as_json: bool) -> None:
