@@ -61,9 +61,7 @@ def explain(
 
 @route.command(epilog=EXPLAINED)
 def retract(
-    task: Annotated[
-        str | None, typer.Option(help="Only answers to this task; `explain` names it.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="Only answers to this task; `explain` names it.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="The tenant's answers to every task.")] = False,
     as_json: Json = False,
 ) -> None:
