@@ -153,13 +153,11 @@ def share(steps: Steps) -> int:
     return sum(step.permille * step.seen for step in steps) // sum(step.seen for step in steps)
 
 
-def calibration_error(pairs: Sequence[Pair]) -> int:
-    """Expected calibration error: how far confidence and success lie apart, over ten bins, in thousandths."""
-    return _error([_apart(pair) for pair in pairs])
-
-
 def spread(pairs: Sequence[Pair]) -> Spread | None:
-    """The calibration error with its interval, from resamples with a fixed seed."""
+    """The expected calibration error with its interval, from resamples with a fixed seed.
+
+    That is how far confidence and success lie apart, over ten bins, in thousandths.
+    """
     if not pairs:
         return None
     rng, apart = random.Random(SEED), [_apart(pair) for pair in pairs]

@@ -113,10 +113,6 @@ class IdentityChanged(Final):
     """Another model than the accepted one answers at a tier; a person accepts it in the settings."""
 
 
-class InDoubt(Final):
-    """It cannot be known whether the effect happened; a person must look."""
-
-
 class AllTiersFailed(CountersignError):
     """Every permitted tier is open or failed."""
 
@@ -127,10 +123,6 @@ class LedgerBroken(Final):
 
 class KeyDestroyed(Final):
     """A subject was erased by destroying its key; what was sealed under it cannot be read again."""
-
-
-class CompensationFailed(Final):
-    """An applied action could not be undone."""
 
 
 class RateLimited(CountersignError):

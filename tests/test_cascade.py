@@ -30,7 +30,6 @@ from models.calibration import (
     Judged,
     Odds,
     Step,
-    calibration_error,
     chance,
     confidence,
     fits_of,
@@ -155,9 +154,9 @@ def test_who_says_nothing_of_confidence_has_none():
 
 def test_the_error_of_a_calibration_is_how_far_words_and_deeds_lie_apart():
     perfect = [(0, False)] * 10 + [(1000, True)] * 10
-    assert calibration_error(perfect) == 0
+    assert spread(perfect).permille == 0
     boasting = [(900, False)] * 5 + [(900, True)] * 5
-    assert calibration_error(boasting) == 400
+    assert spread(boasting).permille == 400
     shown = spread(boasting * 4)
     assert shown.low <= shown.permille <= shown.high
     assert shown == spread(boasting * 4)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, select, text
 
 from activities.connectors.null import Null
 from activities.services.actor import Actor
-from activities.services.checkpoints import Checkpoints, keep_signing, load_key, notes_of
+from activities.services.checkpoints import CHECKPOINT, Checkpoints, keep_signing, load_key
 from activities.services.database import Database
 from activities.services.migrations import migrate
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
@@ -43,6 +43,12 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 def signer(database: Database, *kept_by: FileWitness | GitWitness) -> Checkpoints:
     return Checkpoints(database, PRIVATE, "countersign", kept_by)
+
+
+async def signed(database: Database) -> list[str]:
+    """All checkpoints, smallest first."""
+    query = select(CHECKPOINT.c.note).order_by(CHECKPOINT.c.size)
+    return await database.read(lambda link: list(link.execute(query).scalars()))
 
 
 class Deaf:
@@ -131,7 +137,7 @@ async def test_a_checkpoint_is_kept_once_and_handed_to_every_witness(
     assert first is not None and second is not None and again is not None
     assert (first.size, again.note, second.size) == (14, first.note, 21)
     assert first.kept_by == tuple(one.name for one in kept_by)
-    assert await database.read(lambda link: list(notes_of(link, TENANT))) == [first.note, second.note]
+    assert await signed(database) == [first.note, second.note]
     for witness in kept_by:
         assert await witness.newest("countersign/default") == second.note
         assert await witness.newest("countersign/other") is None
@@ -188,7 +194,7 @@ async def test_the_last_events_are_signed_when_a_process_ends(database: Database
     await fill(database, 1)
     stop.set()
     await task
-    assert len(await database.read(lambda link: list(notes_of(link, TENANT)))) == 1
+    assert len(await signed(database)) == 1
 
 
 def test_witnesses_are_named_in_settings(tmp_path: Path) -> None:

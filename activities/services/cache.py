@@ -123,10 +123,6 @@ class Cache:
         self._kept.clear()
         return gone
 
-    def forget_read(self, key: Key) -> None:
-        """Read an entry again before it is believed; after this process wrote it."""
-        self._kept.pop(key, None)
-
     def _keep(self, key: Key, kept: _Kept) -> None:
         if kept.answered is None:
             # What is not there may come any moment, from any process.

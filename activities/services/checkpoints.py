@@ -11,7 +11,7 @@ import logging
 import os
 import uuid
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,12 +287,6 @@ def proof_of(link: Connection, tenant: str, event_id: str, note: str, key: NoteK
         "checkpoint_note": note,
         "key": str(key),
     }
-
-
-def notes_of(link: Connection, tenant: str) -> Iterable[str]:
-    """All checkpoints of a log, smallest first."""
-    query = select(CHECKPOINT.c.note).where(CHECKPOINT.c.log_id == tenant).order_by(CHECKPOINT.c.size)
-    return link.execute(query).scalars()
 
 
 def _keep(link: Connection, tenant: str, tree: Tree, note: str, key: NoteKey) -> None:

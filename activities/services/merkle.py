@@ -82,11 +82,6 @@ def node_count(size: int) -> int:
     return size - size.bit_count()
 
 
-def peaks_at(size: int, subtree: Subtree) -> list[bytes]:
-    """The peaks of the tree's first `size` leaves."""
-    return _peaks(0, size, subtree)
-
-
 def inclusion_proof(index: int, size: int, subtree: Subtree) -> list[bytes]:
     """That leaf `index` is in the tree of the first `size` leaves (2.1.3.1).
 
