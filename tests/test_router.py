@@ -570,9 +570,8 @@ def shipped(database, script, made=None, **more):
         {"title": made or task()},
         ContentStore(database),
         till=Till(database, lambda: NOON),
-        cache=Cache(database, lambda: NOON),
         clock=lambda: NOON,
-        **more,
+        **{"cache": Cache(database, lambda: NOON)} | more,
     )
     return answerer, scripted
 
@@ -643,6 +642,27 @@ async def test_identical_calls_at_once_are_one_call_and_one_bill(database):
     answers = await asyncio.gather(*(ask(answerer) for _ in range(10)))
     assert len(scripted.prompts) == 1
     assert sum(answer.cost.tokens for answer in answers) == 15
+
+
+async def test_a_caller_that_looked_before_an_identical_answer_was_kept_does_not_buy_it_again(database):
+    other_is_done, looks = asyncio.Event(), iter(range(10))
+
+    class SlowToHear(Cache):
+        async def get(self, key):
+            kept = await super().get(key)
+            if next(looks) == 1:
+                await other_is_done.wait()
+            return kept
+
+    wanted = {"title": TaskSettings(cache_seconds=60)}
+    answerer, scripted = shipped(
+        database, [completion("x")], wanted=wanted, cache=SlowToHear(database, lambda: NOON)
+    )
+    first, second = asyncio.create_task(ask(answerer)), asyncio.create_task(ask(answerer))
+    await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+    other_is_done.set()
+    assert {(await first).text, (await second).text} == {(await first).text}
+    assert len(scripted.prompts) == 1
 
 
 async def test_nothing_is_cached_unless_task_or_settings_say_so_nor_with_objections(database):

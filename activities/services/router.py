@@ -196,8 +196,15 @@ class Answerer:
         key = self._key(tried, self._models[tried.tier.name])
         if self._cache is None or key is None:
             return await self._made(tried)
-        kept = await self._cache.get(key)
-        answered = kept if kept is not None else await self._cache.once(key, lambda: self._made(tried))
+        cache = self._cache
+
+        async def made() -> Answered:
+            # Looked up while others wait: what one of them had found missing, another may have made since.
+            # The name is taken anew, for the model may have said who it is by now.
+            kept = await cache.get(self._key(tried, self._models[tried.tier.name]) or key)
+            return kept if kept is not None else await self._made(tried)
+
+        answered = await cache.once(key, made)
         if not answered.cached:
             return answered
         await self._book(tried, settle=not answered.unsure)
