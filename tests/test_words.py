@@ -6,14 +6,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select, text
 
 from activities.services.vectors import MEMORY
-from activities.services.words import MATCHES, put_words
+from activities.services.words import MATCHES, drop_words, put_spelled, put_words
 from models.memory import Search
 from tests.test_memory import Place, ids
 
 MANY = MATCHES + MATCHES // 4
+HASHED = f"x{'0' * 20}"
+KEPT_AS_IT_WAS = {
+    "sqlite": f"SELECT count(*) FROM memory_words WHERE memory_words MATCH '{HASHED}'",
+    "postgresql": f"SELECT count(*) FROM memory_words WHERE words @@ '{HASHED}'::tsquery",
+}
 
 
 @pytest.fixture
@@ -34,7 +39,7 @@ async def fill(place: Place, text: Callable[[int], str], tenant: str = "default"
     def work(connection) -> None:
         connection.execute(insert(MEMORY), [row | blank | dict(links="[]") for row in rows])
         for row in rows:
-            put_words(connection, row["position"], row["title"])
+            put_words(connection, row["position"], row["title"], tenant)
 
     await place.database.write(work)
 
@@ -62,3 +67,29 @@ async def test_a_word_that_is_common_to_another_tenant_still_finds_ones_own(plac
     await fill(place, lambda n: "tea", tenant="other", start=2)
     assert await found(place, "tea") == ["mine"]
     assert await found(place, "tea", tenant="nobody") == []
+
+
+async def test_words_indexed_before_tenants_spelled_their_own_are_found_after_the_upgrade(place):
+    await place.store.keep(await place.memo("mine", "Crème brûlée for two"), place.now)
+    await place.store.keep(await place.memo("hashed", "sealed"), place.now)
+    from alembic import command
+
+    from activities.services.migrations import _config
+
+    def work(link) -> None:
+        position = dict(link.execute(select(MEMORY.c.record_id, MEMORY.c.position)).all())
+        for name, word in (("mine", "creme brulee"), ("hashed", HASHED)):
+            drop_words(link, position[name])
+            put_spelled(link, position[name], word.split())
+
+    await place.database.write(work)
+    assert await found(place, "brûlée") == []
+    with place.database.engine.begin() as link:
+        config = _config()
+        config.attributes["connection"] = link
+        command.stamp(config, "0009")
+        command.upgrade(config, "0010")
+        command.stamp(config, "head")
+    assert await found(place, "brûlée") == ["mine"]
+    with place.database.engine.begin() as link:
+        assert link.execute(text(KEPT_AS_IT_WAS[link.dialect.name])).scalar_one() == 1

@@ -1,7 +1,8 @@
 """Search by words: FTS5 on SQLite, `tsvector` on PostgreSQL, behind the same three functions.
 
 The index is one row per live record, named by the record's position; it is written and emptied in the
-transaction that writes and empties the record.
+transaction that writes and empties the record. Each tenant spells its words in its own way, so that what is
+common with one tenant costs another one nothing and tells it nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
 from sqlalchemy import (
@@ -66,17 +68,19 @@ def make_words(connection: Connection) -> None:
         connection.execute(text(statement))
 
 
-def put_words(connection: Connection, position: int, words: str, tenant: str = "") -> None:
+def put_words(connection: Connection, position: int, words: str, tenant: str) -> None:
     """Index a record's words; with encryption on as keyed hashes."""
-    shown = words[:INDEXED_CHARACTERS]
-    if vault_of(connection) is not None:
-        shown = " ".join(_spelled(connection, tenant, re.findall(r"\w+", _folded(shown))))
+    each = re.findall(r"\w+", folded(words[:INDEXED_CHARACTERS]))
+    put_spelled(connection, position, _spelled(connection, tenant, each))
+
+
+def put_spelled(connection: Connection, position: int, words: Sequence[str]) -> None:
+    """Index words that are spelled already."""
+    shown = " ".join(words)
     if connection.dialect.name == "sqlite":
         connection.execute(insert(WORDS).values(rowid=position, words=shown))
     else:
-        connection.execute(
-            insert(WORDS).values(position=position, words=func.to_tsvector("simple", _folded(shown)))
-        )
+        connection.execute(insert(WORDS).values(position=position, words=func.to_tsvector("simple", shown)))
 
 
 def drop_words(connection: Connection, position: int) -> None:
@@ -89,10 +93,10 @@ def find_words(
     query: str,
     conditions: Sequence[ColumnElement[bool]],
     limit: int,
-    tenant: str = "",
+    tenant: str,
 ) -> list[str]:
     """Ids of the records that fit the words best, best first; equal ones by newer time, then by id."""
-    words = sorted({*re.findall(r"\w+", _folded(query))}, key=lambda word: (-len(word), word))
+    words = sorted({*re.findall(r"\w+", folded(query))}, key=lambda word: (-len(word), word))
     counts = _counts(connection, _spelled(connection, tenant, words[:MOST_WORDS]))
     telling = _telling(counts)
     if not telling:
@@ -100,7 +104,7 @@ def find_words(
     deep = max(DEEP, 4 * limit)
     found = connection.execute(_best(connection, telling, conditions, limit, deep)).scalars().all()
     if len(found) < limit and sum(counts[word] for word in telling) > deep:
-        # Whatever stands first may not count, or be another tenant's; then everything is looked at.
+        # Whatever stands first may not count; then everything is looked at.
         found = connection.execute(_best(connection, telling, conditions, limit, None)).scalars().all()
     return list(found)
 
@@ -196,10 +200,18 @@ def _telling(counts: Mapping[str, int]) -> list[str]:
 def _spelled(connection: Connection, tenant: str, words: list[str]) -> list[str]:
     """Words as the index has them."""
     vault = vault_of(connection)
-    return words if vault is None else vault.spell(connection, tenant, words)
+    if vault is not None:
+        return vault.spell(connection, tenant, words)
+    mark = mark_of(tenant)
+    return [f"{mark}{word}" for word in words]
 
 
-def _folded(words: str) -> str:
+def mark_of(tenant: str) -> str:
+    """How each word of a tenant begins; two that share a mark are slower and never mixed up."""
+    return f"t{sha256(tenant.encode()).hexdigest()[:6]}"
+
+
+def folded(words: str) -> str:
     """Lower case without diacritics, as the index spells."""
     apart = unicodedata.normalize("NFKD", words.lower())
     return "".join(letter for letter in apart if not unicodedata.combining(letter))

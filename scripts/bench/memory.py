@@ -330,7 +330,7 @@ def _put(connection: Connection, matrix: Matrix, rows: range) -> None:
     ]
     connection.execute(insert(EMBEDDING), vectors)
     for row in rows:
-        put_words(connection, first + row, _text(row))
+        put_words(connection, first + row, _text(row), TENANT)
 
 
 # Data and judgement.

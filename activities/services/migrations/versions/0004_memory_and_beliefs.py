@@ -20,7 +20,7 @@ DAY = 86_400_000_000
 LIVE = {"idea": 180, "outcome": 30}
 """Lifetimes in days of the kinds that were there before."""
 BACKFILL = sa.text(
-    "SELECT m.position, m.title, b.data FROM memory m JOIN blob b "
+    "SELECT m.position, m.tenant, m.title, b.data FROM memory m JOIN blob b "
     "ON b.tenant = m.tenant AND b.digest = m.text_digest WHERE m.forgotten_at IS NULL"
 )
 
@@ -82,9 +82,9 @@ def _backfill(connection: sa.Connection) -> None:
         expiry = sa.text("UPDATE memory SET expires_at = recorded_at + :lifetime WHERE kind = :kind")
         connection.execute(expiry, {"lifetime": days * DAY, "kind": kind})
     make_words(connection)
-    for position, title, data in connection.execute(BACKFILL).all():
+    for position, tenant, title, data in connection.execute(BACKFILL).all():
         text = bytes(data).decode(errors="replace").replace("\0", " ")
-        put_words(connection, position, f"{title}\n{text}")
+        put_words(connection, position, f"{title}\n{text}", tenant)
 
 
 def downgrade() -> None:
