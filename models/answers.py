@@ -55,6 +55,8 @@ class Identity(Frozen):
     """The roles they have; `None` when no people are configured, and any may be claimed."""
     key: str | None = None
     """Fingerprint of the key that signed."""
+    hardware: bool = False
+    """A security key signed, and was touched."""
     field: str = ""
     remedy: str = ""
     """Why the answer cannot count, whatever it says."""
@@ -76,6 +78,8 @@ class Verdict(Frozen):
     until: AwareDatetime | None = None
     role: Name | None = None
     key: str | None = None
+    hardware: bool = Field(default=False, exclude_if=lambda said: not said)
+    """The key is a security key; who acts looks at the signature again."""
     nonce: str | None = None
     issued_at: AwareDatetime | None = None
     expires_at: AwareDatetime | None = None
@@ -102,6 +106,7 @@ def recorded(kind: Kind, answer: Answer, identity: Identity) -> Verdict:
         kind=kind,
         assurance=identity.assurance,
         key=identity.key,
+        hardware=identity.hardware,
         **{name: getattr(answer, name) for name in same},
         **_signed_parts(answer, identity),
     )

@@ -151,7 +151,8 @@ def _gate(intent: Intent) -> list[str]:
     if passes_alone(rule, intent.plans):
         return ["Policy lets this pass without a person."]
     roles = f", with the roles {', '.join(rule.roles)}" if rule.roles else ""
-    return [f"Needs {rule.approvals} approval{'s' if rule.approvals > 1 else ''}{roles}."]
+    device = ", signed by a security key" if rule.hardware else ""
+    return [f"Needs {rule.approvals} approval{'s' if rule.approvals > 1 else ''}{roles}{device}."]
 
 
 def _answer(digest: str) -> list[str]:

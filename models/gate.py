@@ -19,7 +19,7 @@ from models.canonical import Digest
 from models.glass import glass_fault, glass_holds
 from models.ledger import Entry, EventType
 from models.loop import Assurance, Frozen, GateRule, Intent, Name
-from models.policy import counts, passes_alone, risk
+from models.policy import change_fault, counts, passes_alone, risk
 
 LEVELS = tuple(Assurance)
 
@@ -117,6 +117,8 @@ def unfit(kind: Kind, answer: Answer, intent: Intent, identity: Identity) -> tup
         return "role", f"you have the roles {', '.join(identity.roles) or 'none'}; answer in one of them"
     if LEVELS.index(identity.assurance) < LEVELS.index(rule.assurance):
         return "signature", f"policy wants a {rule.assurance} answer; use --sign KEY"
+    if rule.hardware and kind is Kind.APPROVE and not identity.hardware:
+        return "signature", "policy wants it signed by a security key; use --sign with the key on the device"
     if answer.break_glass:
         return glass_fault(kind, answer, intent, identity)
     if answer.review:
@@ -177,7 +179,8 @@ def _repeated(kind: Kind, answer: Answer, verdicts: Sequence[Verdict]) -> tuple[
 
 
 def _sure_enough(verdict: Verdict, rule: GateRule) -> bool:
-    return LEVELS.index(verdict.assurance) >= LEVELS.index(rule.assurance)
+    sure = LEVELS.index(verdict.assurance) >= LEVELS.index(rule.assurance)
+    return sure and (verdict.hardware or not rule.hardware)
 
 
 def standing(intent: Intent, verdicts: Iterable[Verdict]) -> Standing:
@@ -274,6 +277,8 @@ def may_act(
         now: the time.
         doubt: why an approval is not believed any more: a key that was revoked, a role that was taken away.
     """
+    if (wrong := change_fault(intent)) is not None:
+        return wrong
     logged = [entry for entry in entries if entry.type is EventType.INTENT]
     if not logged or all(entry.body.get("digest") != digest for entry in logged):
         return "no such intent stands in the ledger"

@@ -37,6 +37,8 @@ def glass_holds(intent: Intent, verdict: Verdict) -> bool:
     glass = intent.gate.break_glass
     if glass is None or verdict.assurance is not Assurance.SIGNED or verdict.role not in glass.roles:
         return False
+    if intent.gate.hardware and not verdict.hardware:
+        return False
     return risk(intent.plans) in glass.classes and not _same(verdict.approver, intent.proposer)
 
 

@@ -261,6 +261,11 @@ class BreakGlass(Frozen):
     """Channels that hear of a review that is late."""
 
 
+def _unset(value: bool) -> bool:
+    """Left out of what is bound where it says nothing, so that what was bound before it came still holds."""
+    return not value
+
+
 class GateRule(Frozen):
     """Which verdicts an intent needs."""
 
@@ -277,6 +282,8 @@ class GateRule(Frozen):
     """Roles that must each be covered by a different approver; empty means any person."""
     assurance: Assurance = Assurance.CLAIMED
     """How surely an approver must be known."""
+    hardware: bool = Field(default=False, exclude_if=_unset)
+    """Approvals count only if a FIDO security key signed them, breaking the glass included."""
     self_approval: bool = False
     """Whoever asked for it may approve it too."""
     veto_roles: tuple[Name, ...] = ()
@@ -300,6 +307,12 @@ class GateRule(Frozen):
     """Without it nobody may go ahead alone."""
     keep_partial: bool = False
     """Keep what was applied when a later action fails, instead of compensating it."""
+
+    @model_validator(mode="after")
+    def _hardware_signs(self) -> Self:
+        if self.hardware and self.assurance is not Assurance.SIGNED:
+            raise ValueError('hardware needs signatures to look at; set assurance = "signed" too')
+        return self
 
     @model_validator(mode="after")
     def _amount_with_currency(self) -> Self:

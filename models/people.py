@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, Field, StringConstraints
+from pydantic import AwareDatetime, Field, StringConstraints, model_validator
 
 from models.canonical import Digest, canonical
 from models.loop import Frozen, Name
 
 NAMESPACE = "countersign-verdict-v1"
 """The namespace of `ssh-keygen -Y sign`: a signature made for anything else is none here."""
+
+ORDINARY = "ssh-ed25519"
+SECURITY_KEYS = ("sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com")
+"""Kinds of keys that a FIDO device keeps to itself and asks a person's touch for."""
+_KINDS = "|".join(re.escape(kind) for kind in (ORDINARY, *SECURITY_KEYS))
 
 PERSON = re.compile(r"[^\s\x00-\x1f]{1,200}")
 PersonId = Annotated[str, StringConstraints(pattern=f"^{PERSON.pattern}$")]
@@ -21,12 +26,27 @@ PersonId = Annotated[str, StringConstraints(pattern=f"^{PERSON.pattern}$")]
 class Key(Frozen):
     """An SSH public key and when it counts."""
 
-    public: Annotated[str, StringConstraints(pattern=r"^ssh-ed25519 [A-Za-z0-9+/=]{40,}( .*)?$")]
-    """As in an allowed-signers file or `id_ed25519.pub`."""
+    public: Annotated[str, StringConstraints(pattern=rf"^({_KINDS}) [A-Za-z0-9+/=]{{40,}}( .*)?$")]
+    """As in an allowed-signers file, `id_ed25519.pub` or `id_ed25519_sk.pub`."""
     valid_after: AwareDatetime | None = None
     valid_before: AwareDatetime | None = None
     revoked: bool = False
     """From now on nothing it signed may lead to an effect any more."""
+    no_touch_required: bool = False
+    """Of a security key: what it signed counts without anybody having touched it."""
+    verify_required: bool = False
+    """Of a security key: it must have asked for a PIN or a fingerprint."""
+
+    @model_validator(mode="after")
+    def _asks_only_what_a_device_can_tell(self) -> Self:
+        if (self.no_touch_required or self.verify_required) and self.kind not in SECURITY_KEYS:
+            raise ValueError("only a security key can be asked for touch or verification; leave it out")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """What its line calls it; what it is, its own bytes say."""
+        return self.public.split(" ", 1)[0]
 
 
 class Person(Frozen):

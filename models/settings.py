@@ -16,7 +16,7 @@ from models.inference import DataClass
 from models.knowledge import PrewarmSettings
 from models.loop import Assurance, Frozen, Name
 from models.orders import Pace
-from models.people import Person, PersonId
+from models.people import SECURITY_KEYS, Person, PersonId
 from models.policy import Policy
 
 
@@ -358,6 +358,8 @@ class Settings(Frozen):
                     f"policy of {agent} wants the role {role} to start, cancel or break the glass, and "
                     "nobody has it; give it to somebody under [[people]]"
                 )
+            if one.gate.hardware and not any(k.kind in SECURITY_KEYS for p in people for k in p.keys):
+                raise _refused(f"policy of {agent} wants a security key, and nobody has one; name its key")
         return people
 
     @field_validator("channels")

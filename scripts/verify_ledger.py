@@ -43,6 +43,7 @@ NAMES = {
     **{"streamversion": "version", "correlationid": "correlation_id"},
 }
 EFFECTS = ("apply", "compensation", "receipt")
+LEVELS = ("claimed", "principal", "signed")
 CLASSES = ("read_only", "reversible", "correctable", "irreversible")
 moment = datetime.fromisoformat
 
@@ -162,8 +163,15 @@ def broken(intent: Plain, verdict: Plain) -> bool:
     glass = intent["gate"].get("break_glass") or {"roles": (), "classes": ()}
     worst = max((plan["reversibility"] for plan in intent["plans"]), key=CLASSES.index, default="read_only")
     known = verdict["assurance"] == "signed" and verdict.get("role") in glass["roles"]
+    known = known and sure(intent["gate"], verdict)
     own = verdict["approver"].casefold() == intent["proposer"].casefold()
     return known and worst in glass["classes"] and not own
+
+
+def sure(gate: Plain, verdict: Plain) -> bool:
+    """Whether an approver was known as surely as the gate asks."""
+    levels = LEVELS.index(verdict.get("assurance", "claimed")), LEVELS.index(gate.get("assurance", "claimed"))
+    return levels[0] >= levels[1] and bool(verdict.get("hardware") or not gate.get("hardware"))
 
 
 def passed(intent: Plain, verdicts: Verdicts) -> bool:
@@ -182,6 +190,8 @@ def passed(intent: Plain, verdicts: Verdicts) -> bool:
             if broken(intent, verdict):
                 return True
         elif verdict["kind"] == "approve" and verdict["approver"].casefold() not in wanting:
+            if not sure(gate, verdict):
+                continue
             approved[verdict["approver"].casefold()] = verdict.get("role")
             if len(approved) >= gate["approvals"] and set(approved.values()) >= set(gate["roles"]):
                 return True

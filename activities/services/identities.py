@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from pydantic import ValidationError
 
-from activities.services.signatures import check, fingerprint
+from activities.services.signatures import check, fingerprint, on_device
 from models.canonical import sha256
 from models.gate import ANYBODY, Answer, Identity, Kind, Verdict
 from models.loop import Assurance
@@ -56,6 +56,8 @@ class Identities:
         key, reason = check(verdict.signature, statement.bytes(), person, self._clock())
         if key is not None and fingerprint(key.public) != verdict.key:
             return f"the signature of {verdict.approver} is by another key than the one recorded"
+        if key is not None and verdict.hardware and not on_device(key):
+            return f"the signature of {verdict.approver} is not by a security key, as was recorded"
         return None if key is not None else f"the signature of {verdict.approver}: {reason}"
 
     def _signed(self, tenant: str, kind: Kind, answer: Answer, person: Person) -> Identity:
@@ -71,7 +73,8 @@ class Identities:
         key, reason = check(answer.signature or "", statement.bytes(), person, now)
         if key is None:
             return Identity(field="signature", remedy=reason)
-        return Identity(assurance=Assurance.SIGNED, roles=person.roles, key=fingerprint(key.public))
+        by = fingerprint(key.public)
+        return Identity(assurance=Assurance.SIGNED, roles=person.roles, key=by, hardware=on_device(key))
 
 
 def statement_of(tenant: str, kind: Kind, answer: Answer) -> Statement | None:

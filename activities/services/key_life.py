@@ -23,7 +23,7 @@ from activities.services.vault import Vault
 from models.canonical import derived_id
 from models.errors import InvalidInput
 from models.ledger import Draft, EventType
-from models.people import Person
+from models.people import SECURITY_KEYS, Key, Person
 
 Plain = dict[str, Any]
 LEDGER, VAULT, PERSON = "ledger", "vault", "person"
@@ -71,10 +71,18 @@ def people_keys(people: Iterable[Person]) -> dict[str, Plain]:
             "revoked": key.revoked,
             "valid_after": None if key.valid_after is None else key.valid_after.isoformat(),
             "valid_before": None if key.valid_before is None else key.valid_before.isoformat(),
+            **_device(key),
         }
         for person in people
         for key in person.keys
     }
+
+
+def _device(key: Key) -> Plain:
+    """What a security key is asked for; keys of which that says nothing stand as they always did."""
+    if key.kind not in SECURITY_KEYS:
+        return {}
+    return {"no_touch_required": key.no_touch_required, "verify_required": key.verify_required}
 
 
 def people_changes(link: Connection, tenant: str, people: Iterable[Person]) -> list[Plain]:

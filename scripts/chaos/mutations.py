@@ -217,6 +217,7 @@ def other_policy(policy: AgentPolicy, rng: random.Random) -> AgentPolicy:
         "approvals": rng.randrange(2, 20),
         "roles": (rng.choice(("owner", "legal")),),
         "assurance": rng.choice((Assurance.CLAIMED, Assurance.PRINCIPAL)),
+        "hardware": True,
         "self_approval": True,
         "expire_seconds": rng.randrange(1, 600_000),
         "absolute_seconds": rng.randrange(1, 2_000_000),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from models.card import visible
 from models.errors import InvalidInput, Unavailable
 from models.gate import Answer, Judged, Kind, Refusal, read_message
 from models.ledger import Draft, EventType
-from models.people import NAMESPACE
+from models.people import NAMESPACE, SECURITY_KEYS
 from models.settings import Settings
 from scripts.commands.session import Json, Run, Session, console, on_terminal, opened, reach, said
 from scripts.commands.show import Reading, print_card, read_run, unknown
@@ -41,7 +42,7 @@ As = Annotated[
 ]
 Role = Annotated[str | None, typer.Option(help="The role you answer in, where the gate asks for roles.")]
 Sign = Annotated[
-    Path | None, typer.Option(help="SSH private key to sign the answer with; policy may ask for it.")
+    Path | None, typer.Option(help="SSH private key to sign the answer with, or that of a security key.")
 ]
 Review = Annotated[bool, typer.Option("--review", help="It is about what was done by breaking the glass.")]
 Comment = Annotated[str, typer.Option(help="Your words; they stand in the ledger.")]
@@ -152,6 +153,8 @@ async def signed(tenant: str, kind: Kind, message: dict[str, Any], key: Path) ->
     statement = statement_of(tenant, kind, Answer.model_validate(message))
     if statement is None:
         raise InvalidInput.field("--sign", str(key), "the answer cannot be signed; check --as and --digest")
+    if _on_device(key):
+        typer.echo("touch the security key to sign", err=True)  # ssh-keygen would say so where nobody reads.
     command = ["ssh-keygen", "-q", "-Y", "sign", "-n", NAMESPACE, "-f", str(key)]
     try:
         made = await asyncio.to_thread(
@@ -162,6 +165,14 @@ async def signed(tenant: str, kind: Kind, message: dict[str, Any], key: Path) ->
     if made.returncode != 0:
         raise InvalidInput.field("--sign", str(key), made.stderr.decode(errors="replace").strip()[:200])
     return message | {"signature": made.stdout.decode()}
+
+
+def _on_device(key: Path) -> bool:
+    """Whether the public half that lies beside a key is that of a security key."""
+    public = key if key.suffix == ".pub" else key.with_name(f"{key.name}.pub")
+    with suppress(OSError, UnicodeDecodeError):
+        return public.read_text("utf-8").startswith(SECURITY_KEYS)
+    return False
 
 
 def _give(

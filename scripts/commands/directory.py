@@ -16,7 +16,7 @@ from activities.services.signatures import fingerprint, unusable
 from activities.services.tenants import tenants_of
 from models.card import visible
 from models.errors import InvalidInput, Unavailable
-from models.people import Key
+from models.people import SECURITY_KEYS, Key
 from models.policy import policy_digest
 from models.settings import Settings
 from scripts.commands.session import Json, console, opened, said, utc_now
@@ -46,7 +46,7 @@ def people(
         return
     table = Table("person", "roles", "keys", box=None, pad_edge=False)
     for one in found:
-        keys = [f"{key['fingerprint']} ({key['state']})" for key in one["keys"]]
+        keys = [_shown(key) for key in one["keys"]]
         table.add_row(visible(one["person"]), ", ".join(one["roles"]) or "none", "\n".join(keys) or "none")
     console().print(table)
 
@@ -124,10 +124,16 @@ async def _events(settings: Settings) -> dict[str, int] | None:
         return None
 
 
+def _shown(key: Mapping[str, Any]) -> str:
+    device = "security key, " if key["kind"] in SECURITY_KEYS else ""
+    return f"{key['fingerprint']} ({device}{key['state']})"
+
+
 def _key(key: Key, now: datetime) -> dict[str, Any]:
     why = unusable(key, now)
     return {
         "fingerprint": fingerprint(key.public),
+        "kind": key.kind,
         "state": "counts" if why is None else why,
         "valid_after": key.valid_after,
         "valid_before": key.valid_before,

@@ -109,7 +109,8 @@ def print_state(out: Console, reading: Reading) -> None:
         out.print(f"digest   {reading.card.digest}")
     for verdict in reading.progress.verdicts:
         broke = ", breaking the glass" if verdict.break_glass else ""
-        out.print(f"verdict  {verdict.kind} by {visible(verdict.approver)} ({verdict.assurance}){broke}")
+        how = f"{verdict.assurance}{', security key' if verdict.hardware else ''}"
+        out.print(f"verdict  {verdict.kind} by {visible(verdict.approver)} ({how}){broke}")
     for review in reading.progress.reviews:
         out.print(f"review   {review.kind} by {visible(review.approver)} ({review.assurance})")
     if reading.outcome is not None:
