@@ -17,7 +17,7 @@ from typing import Any
 from models.gate import Kind, Standing
 from models.ledger import Event, EventType
 from models.loop import Exemption, Frozen, Reversibility, Status
-from models.policy import SEVERITY, AgentPolicy
+from models.policy import OUTDATED, SEVERITY, AgentPolicy
 
 CONFIDENCE = 0.95
 """Of the interval, both sides together."""
@@ -130,6 +130,8 @@ class Tally:
                 self._verdict(run, event.body)
             case EventType.GATE:
                 self._gate(run, event.body)
+            case EventType.DRIFT if event.body.get("reason") == OUTDATED:
+                pass  # People changed the rules; nothing speaks against the action.
             case EventType.DRIFT | EventType.COMPENSATION:
                 self._undone(run, event.recorded_at)
             case EventType.OUTCOME:

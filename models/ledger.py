@@ -31,6 +31,8 @@ class EventType(StrEnum):
     FALLBACK = "fallback"
     ANSWER = "answer"
     """How sure a model was, where that is asked for."""
+    SIMILAR = "similar"
+    """A call was given what a similar one got."""
     CALIBRATION = "calibration"
     """What confidence was worth, by the verdicts so far."""
     APPLY = "apply"
@@ -47,6 +49,10 @@ class EventType(StrEnum):
     """The receipt: what was erased on an order, and that nothing was found afterwards."""
     KEY_ROTATED = "key.rotated"
     """A key was replaced or revoked: of the ledger, of the vault, or a person's."""
+    POLICY_CHANGED = "policy.changed"
+    """What an agent may do without a person was changed, on the intent that it names."""
+    POLICY_NARROWED = "policy.narrowed"
+    """A class of actions lost what such a change had allowed it, because one was undone."""
     CANCEL = "cancel"
     """Somebody asked for a run to be stopped; what came of it is its outcome."""
 
@@ -136,3 +142,8 @@ def calibration_stream(task: str) -> str:
 def route_stream(workflow_id: str) -> str:
     """The stream in which the routes of a run are recorded."""
     return f"{workflow_id}/route"
+
+
+def policy_stream(agent: str) -> str:
+    """The stream in which changes of an agent's policy follow each other."""
+    return f"policy/{agent}"

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
 from fnmatch import fnmatchcase
+from typing import Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from models.canonical import digest_of
 from models.errors import PolicyDenied
 from models.loop import (
+    Assurance,
     Change,
     Cost,
     Exemption,
@@ -33,6 +35,12 @@ SEVERITY = (
     Reversibility.CORRECTABLE,
     Reversibility.IRREVERSIBLE,
 )
+POLICY_AGENT = "policy"
+"""Puts changes of what other agents may do without a person; its own policy stands in the file alone."""
+GATE_POLICY = "gate_policy"
+"""The connector that such changes go through, and nothing else."""
+OUTDATED = "the policy has changed since this was approved"
+"""Why an intent is stale that was bound under another policy; says nothing of its actions."""
 
 
 class AgentPolicy(Frozen):
@@ -62,6 +70,23 @@ class Policy(Frozen):
 
     agents: dict[Name, AgentPolicy] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _changes_take_people(self) -> Self:
+        for agent, one in self.agents.items():
+            if agent != POLICY_AGENT and GATE_POLICY in one.connectors:
+                raise ValueError(f"{agent} may not change policies; only the agent {POLICY_AGENT} may")
+        if (rule := self.agents.get(POLICY_AGENT)) is not None:
+            if rule.connectors != (GATE_POLICY,) or rule.grants:
+                raise ValueError(f'{POLICY_AGENT} has connectors = ["{GATE_POLICY}"], and no grants')
+            if (wrong := change_rule_fault(rule.gate)) is not None:
+                raise ValueError(f"gate of {POLICY_AGENT}: {wrong}")
+        return self
+
+    @property
+    def may_change(self) -> bool:
+        """Whether people may change it by an intent: only where the file says who has to agree."""
+        return POLICY_AGENT in self.agents
+
     def of(self, agent: str) -> AgentPolicy:
         """Policy of one agent.
 
@@ -81,6 +106,36 @@ def policy_digest(policy: AgentPolicy) -> str:
     return digest_of(policy)
 
 
+def change_rule_fault(gate: GateRule) -> str | None:
+    """Why this gate is too wide for a change of policy; `None` if it is not."""
+    faults = (
+        (gate.automatic, "automatic: a change of policy always needs people; leave it out"),
+        (gate.self_approval, "self_approval: whoever asks for a change may not approve it; leave it out"),
+        (gate.break_glass is not None, "break_glass: nobody changes policy alone; leave it out"),
+        (not gate.roles, "roles: name the role that has to agree"),
+        # What may be invented by whoever can write the database would let everything else be.
+        (gate.assurance is not Assurance.SIGNED, 'assurance: write "signed"'),
+    )
+    return next((text for wrong, text in faults if wrong), None)
+
+
+def change_fault(intent: Intent) -> str | None:
+    """Why an intent may not change a policy, whatever was said to it; `None` if it may, or changes none."""
+    if not _changes_policy(intent.plans) and all(
+        action.connector != GATE_POLICY for action in intent.proposal.actions
+    ):
+        return None
+    if intent.proposer != POLICY_AGENT or len(intent.proposal.actions) != 1:
+        return f"a policy is changed by the agent {POLICY_AGENT}, one at a time"
+    if intent.requester is None:
+        return "nobody is named who asks for this change of policy"
+    return change_rule_fault(intent.gate)
+
+
+def _changes_policy(plans: Iterable[Plan]) -> bool:
+    return any(plan.connector == GATE_POLICY for plan in plans)
+
+
 def permit(policy: AgentPolicy, proposal: Proposal) -> None:
     """Refuse a proposal that reaches beyond the agent's connectors.
 
@@ -98,7 +153,7 @@ def permit(policy: AgentPolicy, proposal: Proposal) -> None:
 
 def covers(grant: Exemption, plans: Sequence[Plan], now: datetime) -> bool:
     """Whether everything that is planned lies within a grant, at this time."""
-    in_time = bool(plans) and now <= grant.valid_until
+    in_time = bool(plans) and now <= grant.valid_until and not _changes_policy(plans)
     return in_time and all(_within(grant, plan) for plan in plans) and moves_little(grant, plans)
 
 
@@ -119,7 +174,8 @@ def passes_alone(rule: GateRule, plans: Sequence[Plan]) -> bool:
     """Whether the rule lets these plans pass without a person: by class, and by cost where it names one."""
     harmless = SEVERITY.index(risk(plans)) <= SEVERITY.index(Reversibility(rule.automatic_up_to))
     little = rule.automatic_within is None or moves_little(rule.automatic_within, plans)
-    return rule.automatic and harmless and little and _is_cheap(rule, plans)
+    alone = rule.automatic and not _changes_policy(plans)
+    return alone and harmless and little and _is_cheap(rule, plans)
 
 
 def moves_little(limits: Limits, plans: Sequence[Plan]) -> bool:
