@@ -17,7 +17,7 @@ from models.knowledge import PrewarmSettings
 from models.loop import Assurance, Frozen, Name
 from models.orders import Pace
 from models.people import SECURITY_KEYS, Person, PersonId
-from models.policy import Policy
+from models.policy import POLICY_AGENT, Policy
 
 
 def _refused(remedy: str) -> PydanticCustomError:
@@ -353,9 +353,11 @@ class Settings(Frozen):
         policy: Policy = info.data.get("policy", Policy())
         for agent, one in policy.agents.items():
             glass = () if one.gate.break_glass is None else one.gate.break_glass.roles
-            for role in sorted({*one.start_roles, *one.cancel_roles, *glass} - had):
+            agree = one.gate.roles if agent == POLICY_AGENT else ()
+            for role in sorted({*one.start_roles, *one.cancel_roles, *glass, *agree} - had):
+                needed = "agree" if role in agree else "start, cancel or break the glass"
                 raise _refused(
-                    f"policy of {agent} wants the role {role} to start, cancel or break the glass, and "
+                    f"policy of {agent} wants the role {role} to {needed}, and "
                     "nobody has it; give it to somebody under [[people]]"
                 )
             if one.gate.hardware and not any(k.kind in SECURITY_KEYS for p in people for k in p.keys):

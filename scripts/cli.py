@@ -26,6 +26,7 @@ PLACES = {
     "cancel": "cancel",
     "agents": "agents",
     "autonomy": "autonomy",
+    "policy": "policy",
     "people": "directory",
     "tenants": "directory",
     "tiers": "tiers",

@@ -20,10 +20,12 @@ from temporalio.client import Client
 from temporalio.worker import Worker
 
 from activities.actions import Actions
+from activities.amendments import Amending
 from activities.approvals import Approvals
 from activities.beliefs import Believing
 from activities.calendar import Planning
 from activities.connectors.base import Connector
+from activities.connectors.gate_policy import GatePolicy
 from activities.connectors.git_site import GitSite
 from activities.connectors.null import Null
 from activities.content import Drafting
@@ -36,6 +38,7 @@ from activities.notices import Notices, Reminders
 from activities.routing import Routing
 from activities.services.acceptance import accepted_by_use
 from activities.services.actor import Actor
+from activities.services.amendments import InForce
 from activities.services.beliefs import Beliefs
 from activities.services.breaker import Breakers
 from activities.services.cache import Cache
@@ -142,7 +145,10 @@ class _Composer:
         self._parts = parts
         self._stack = stack
         self._content = ContentStore(database)
-        self._ledger = LedgerStore(database, utc_now)
+        known = Identities(People(people=settings.people), utc_now)
+        self._force = InForce(settings.policy, known.doubt)
+        heed = self._force.heed if settings.policy.may_change else None
+        self._ledger = LedgerStore(database, utc_now, heed)
 
     async def compose(self, name: Role) -> list[Worker]:
         match name:
@@ -162,9 +168,10 @@ class _Composer:
         settings, database = self._settings, self._database
         known = People(people=settings.people)
         wrong = functools.partial(misplaced, settings)
-        requests = Requests(database, settings.policy, settings.pace, utc_now, known, wrong)
+        heed = self._force.heed
+        requests = Requests(database, settings.policy, settings.pace, utc_now, known, wrong, heed)
         approvals = Approvals(Identities(known, utc_now))
-        ledger = Ledger(requests, self._ledger, Intents(database, utc_now))
+        ledger = Ledger(requests, self._ledger, Intents(database, utc_now, self._force))
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
         routing = Routing(self._routes(tasks, await self._sensing()))
         sites = tuple(site.name for site in settings.sites)
@@ -182,6 +189,7 @@ class _Composer:
             *(ledger.admit, ledger.record, ledger.present, ledger.conclude, approvals.identify),
             Reminders().remind_at,
             *(routing.route, routing.fell, external.read_proposal),
+            Amending(self._content).read_amendment,
             *(believing.own, believing.deliver, believing.read),
             *(knowledge.know, knowledge.prewarm),
             *(drafting.open_brief, drafting.assemble, drafting.compose, drafting.nothing),
@@ -307,9 +315,9 @@ class _Composer:
         settings = self._settings
         connectors = await self._connectors()
         doubt = Identities(People(people=settings.people), utc_now).doubt
-        witness = self._checkpoints().before_effect
+        witness, force = self._checkpoints().before_effect, self._force.of
         attempt = settings.pace.attempt
-        actor = Actor(self._database, connectors, settings.policy, attempt, utc_now, doubt, witness)
+        actor = Actor(self._database, connectors, settings.policy, attempt, utc_now, doubt, witness, force)
         actions = Actions(actor)
         notices = Notices(await self._noticing())
         return self._worker(
@@ -331,6 +339,8 @@ class _Composer:
         ]
         if settings.notes:
             connectors.append(Null(settings.data / "notes", utc_now))
+        if settings.policy.may_change:
+            connectors.append(GatePolicy(self._database, self._force, utc_now))
         return self._parts.connectors({connector.name: connector for connector in connectors})
 
     async def _desk(self) -> None:

@@ -15,6 +15,8 @@ class Work:
 
     operation: str
     arguments: dict[str, Any]
+    tenant: str = ""
+    """Whose run it is; for targets that are the tenant's own records."""
 
 
 @dataclass(frozen=True, slots=True)

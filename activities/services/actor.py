@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any
@@ -43,7 +44,7 @@ from models.gate import Verdict, may_act, may_undo
 from models.ledger import Draft, EventType, act_stream
 from models.loop import Action, Intent, Plan, Receipt, Reversibility, action_key
 from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
-from models.policy import Policy, is_current, permit
+from models.policy import OUTDATED, AgentPolicy, Policy, is_current, permit
 
 DIFF = "text/x-diff; charset=utf-8"
 CLOCK_SKEW = timedelta(minutes=1)
@@ -77,6 +78,7 @@ class Actor:
         clock: Clock,
         doubt: Callable[[str, Verdict], str | None] = lambda tenant, verdict: None,
         witness: Callable[[str], Awaitable[None]] | None = None,
+        in_force: Callable[[Connection, str, str], AgentPolicy] | None = None,
     ) -> None:
         """Take what it works with.
 
@@ -88,9 +90,10 @@ class Actor:
             clock: the time.
             doubt: why a recorded verdict of a tenant is not believed any more.
             witness: lets others see a tenant's ledger before something happens that cannot be taken back.
+            in_force: a tenant's policy of an agent as it is now, where people may change what `policy` says.
         """
-        self._doubt = doubt
-        self._witness = witness
+        self._in_force = in_force
+        self._doubt, self._witness = doubt, witness
         self._database = database
         self._content = ContentStore(database)
         self._connectors = connectors
@@ -140,8 +143,7 @@ class Actor:
             ConnectorUnavailable: it cannot be seen yet.
         """
         job = await self._database.read(lambda link: self._read(link, order, undo=False))
-        receipt = await self._receipt(order)
-        return Effect(what=Effected.APPLIED, receipt=await self._verified(job, receipt))
+        return Effect(what=Effected.APPLIED, receipt=await self._verified(job, await self._receipt(order)))
 
     async def settle(self, order: EffectOrder) -> Effect:
         """Find out what became of an action that nobody will try again, and close its key.
@@ -224,7 +226,7 @@ class Actor:
             raise UnknownName(f"connector: {name!r} is not configured; known: {known}") from None
 
     async def _work(self, tenant: str, action: Action) -> Work:
-        return Work(action.operation, json.loads(await self._content.get(tenant, action.arguments)))
+        return Work(action.operation, json.loads(await self._content.get(tenant, action.arguments)), tenant)
 
     def _open(self, link: Connection, order: EffectOrder, undo: bool) -> _Job | Effect:
         """Gate and reservation in one transaction, so that nothing can slip between them."""
@@ -241,14 +243,15 @@ class Actor:
         if reason is not None:
             return _refused(link, order, undo, reason, now)
         # Once an attempt was made its end must be found out, whatever policy says by now.
-        if untried and self._is_outdated(job.intent, now):
-            return replace(job, stale="the policy has changed since this was approved")
+        if untried and self._is_outdated(link, job.intent, now):
+            return replace(job, stale=OUTDATED)
         if untried and (changed := stale_in(link, job.intent)):
             return replace(job, stale=changed, rethink=True)
         return replace(job, hold=reserve(link, job.who, now))
 
-    def _is_outdated(self, intent: Intent, now: datetime) -> bool:
-        return not is_current(self._policy.of(intent.proposer), intent, now)
+    def _is_outdated(self, link: Connection, intent: Intent, now: datetime) -> bool:
+        agent, of = intent.proposer, self._in_force
+        return not is_current(of(link, intent.tenant, agent) if of else self._policy.of(agent), intent, now)
 
     def _look(self, link: Connection, order: EffectOrder) -> _Job | Effect:
         job, now = self._read(link, order, undo=False), self._clock()
@@ -270,7 +273,7 @@ class Actor:
             order=order,
             intent=intent,
             plan=plan,
-            work=Work(action.operation, arguments),
+            work=Work(action.operation, arguments, order.tenant),
             connector=connector,
             expected=expected_version(link, intent, order.digest, plan),
             who=self._claimant(order, connector, undo),
@@ -320,11 +323,9 @@ class Actor:
 
     async def _confirmed(self, job: _Job, applied: Applied) -> Effect:
         receipt = await self._keep_receipt(job, _receipt_of(job, applied, verified=False))
-        try:
-            receipt = await self._verified(job, receipt)
-        except ConnectorUnavailable:
+        with suppress(ConnectorUnavailable):
             # It stands; that a reader cannot see it yet is the verify step's business.
-            return Effect(what=Effected.APPLIED, receipt=receipt)
+            receipt = await self._verified(job, receipt)
         return Effect(what=Effected.APPLIED, receipt=receipt)
 
     async def _keep_receipt(self, job: _Job, receipt: Receipt) -> Receipt:
@@ -390,8 +391,7 @@ def _wait_for_clock(job: _Job, now: datetime) -> None:
 
 def _refused(link: Connection, order: EffectOrder, undo: bool, reason: str, now: datetime) -> Effect:
     """Say no, and write down that somebody asked."""
-    key = action_key(order.digest, order.action)
-    key = f"{key}.undo" if undo else key
+    key = action_key(order.digest, order.action) + (".undo" if undo else "")
     stream = act_stream(order.workflow_id)
     draft = Draft(
         event_id=derived_id("event", order.tenant, stream, EventType.REFUSAL, key, reason),

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy import Connection
 
+from activities.services.amendments import InForce
 from activities.services.beliefs import renewed_in
 from activities.services.content import get_blob, put_blob, put_model
 from activities.services.database import Database
@@ -19,7 +20,7 @@ from models.errors import PreconditionLost
 from models.ledger import Draft
 from models.loop import Intent, Use
 from models.orders import Presentation, Presented
-from models.policy import covers, passes_alone
+from models.policy import covers, passes_alone, policy_digest
 
 MARKDOWN = "text/markdown; charset=utf-8"
 
@@ -27,14 +28,24 @@ MARKDOWN = "text/markdown; charset=utf-8"
 class Intents:
     """Puts proposals forward."""
 
-    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
-        """Events are stamped by the clock."""
+    def __init__(
+        self, database: Database, clock: Callable[[], datetime], force: InForce | None = None
+    ) -> None:
+        """Events are stamped by the clock. With `force`, what is in force when it is bound is the policy."""
+        self._force = force
         self._database = database
         self._clock = clock
 
     async def present(self, presentation: Presentation) -> Presented:
         """Bind and log an intent; if the stream has moved on, return what stands there."""
-        return await self._database.write(lambda link: _present(link, presentation, self._clock()))
+        return await self._database.write(lambda link: self._present(link, presentation))
+
+    def _present(self, link: Connection, presentation: Presentation) -> Presented:
+        if self._force is not None and self._force.file.may_change:
+            policy = self._force.of(link, presentation.append.tenant, presentation.proposal.agent)
+            said = {"policy": policy, "policy_digest": policy_digest(policy)}
+            presentation = presentation.model_copy(update=said)
+        return _present(link, presentation, self._clock())
 
 
 def _present(connection: Connection, presentation: Presentation, now: datetime) -> Presented:

@@ -30,7 +30,7 @@ CREATE, UPDATE, DELETE, OTHER = 1, 3, 4, 99
 ACTIVITIES: Mapping[EventType, int] = {
     **dict.fromkeys((E.REQUEST, E.PROPOSAL, E.PLAN, E.INTENT, E.ROUTE, E.BELIEF, E.ERASURE_ORDER), CREATE),
     **dict.fromkeys((E.VERDICT, E.GATE, E.APPLY, E.RECEIPT, E.COMPENSATION, E.OUTCOME), UPDATE),
-    E.KEY_ROTATED: UPDATE,
+    **dict.fromkeys((E.KEY_ROTATED, E.POLICY_CHANGED, E.POLICY_NARROWED), UPDATE),
     E.ERASURE: DELETE,
 }
 """What is not named here is 99, Other, with our word for it in `activity_name`."""

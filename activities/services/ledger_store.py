@@ -73,9 +73,15 @@ class _Prepared(NamedTuple):
 class LedgerStore:
     """Reads and writes of the ledger."""
 
-    def __init__(self, database: Database, clock: Callable[[], datetime]) -> None:
-        """The clock gives `recorded_at`."""
+    def __init__(
+        self,
+        database: Database,
+        clock: Callable[[], datetime],
+        heed: Callable[[Connection, Append, datetime], None] | None = None,
+    ) -> None:
+        """The clock gives `recorded_at`; `heed` is told of what was appended, in the same transaction."""
         self._database = database
+        self._heed = heed
         self._clock = clock
 
     async def append(self, wish: Append) -> Appended:
@@ -83,7 +89,13 @@ class LedgerStore:
         return await self._database.write(Shared(self._append, _prepare(wish)))
 
     def _append(self, connection: Connection, wishes: Sequence[_Prepared]) -> list[Appended]:
-        return _append_all(connection, wishes, self._clock())
+        now = self._clock()
+        answers = _append_all(connection, wishes, now)
+        if self._heed is not None:
+            for one, answer in zip(wishes, answers, strict=True):
+                if answer.won:
+                    self._heed(connection, one.wish, now)
+        return answers
 
     async def add(self, tenant: str, draft: Draft) -> None:
         """Append at the end of a stream, once per event id."""

@@ -49,11 +49,14 @@ class Requests:
         clock: Callable[[], datetime],
         people: People | None = None,
         misplaced: Callable[[Request], str | None] = lambda request: None,
+        heed: Callable[[Connection, Append, datetime], None] = lambda link, wish, now: None,
     ) -> None:
         """Policy, pace and whether people are configured are handed to each run when it starts.
 
-        `misplaced` says why a request is not for the process it came to, before anything of it is kept.
+        `misplaced` says why a request is not for the process it came to, before anything of it is kept;
+        `heed` is told of each end, in the transaction that logs it.
         """
+        self._heed = heed
         self._misplaced = misplaced
         self._people = people or People()
         self._database = database
@@ -90,7 +93,13 @@ class Requests:
 
     async def conclude(self, conclusion: Conclusion) -> Appended:
         """Log the outcome, answer the claim and keep the memories, in one commit."""
-        return await self._database.write(lambda connection: _conclude(connection, conclusion, self._clock()))
+        return await self._database.write(lambda link: self._conclude(link, conclusion, self._clock()))
+
+    def _conclude(self, link: Connection, conclusion: Conclusion, now: datetime) -> Appended:
+        appended = _conclude(link, conclusion, now)
+        if appended.won:
+            self._heed(link, conclusion.append, now)
+        return appended
 
     async def outcome(self, tenant: str, agent: str, key: str) -> Outcome | None:
         """How a request ended, if it has."""

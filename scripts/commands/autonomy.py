@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from activities.services.amendments import InForce
+from activities.services.identities import Identities
 from activities.services.records import records_of
 from models.autonomy import Advice, advice
 from models.card import visible
+from models.people import People
+from models.policy import AgentPolicy
 from models.settings import Settings
-from scripts.commands.session import Json, console, opened, said, utc_now
+from scripts.commands.session import Json, Session, console, opened, said, utc_now
 from workers import config
 
 
@@ -43,9 +47,22 @@ async def suggested(settings: Settings, earned: int) -> list[Advice]:
     """Advice on every class of actions that stands in the ledger."""
     async with opened(settings) as session:
         records = await records_of(session.database, session.tenant)
-    now, agents = utc_now(), settings.policy.agents
-    found = [advice(one, record, agents.get(one.agent), now, earned) for one, record in records.items()]
+        agents = {one.agent: await _policy(session, one.agent) for one in records}
+    now = utc_now()
+    found = [advice(one, record, agents[one.agent], now, earned) for one, record in records.items()]
     return sorted(found, key=lambda one: tuple(one.action.model_dump(mode="json").values()))
+
+
+def force_of(settings: Settings) -> InForce:
+    """What knows which policy is in force, as the workers see it."""
+    return InForce(settings.policy, Identities(People(people=settings.people), utc_now).doubt)
+
+
+async def _policy(session: Session, agent: str) -> AgentPolicy | None:
+    if agent not in session.settings.policy.agents:
+        return None
+    force = force_of(session.settings)
+    return await session.database.read(lambda link: force.of(link, session.tenant, agent))
 
 
 def _row(one: Advice) -> tuple[str, ...]:
