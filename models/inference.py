@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import AwareDatetime, Field
 
+from models.canonical import Digest
 from models.errors import PolicyDenied
 from models.loop import Amount, Cost, Frozen, Name, Ref, Subject
 
@@ -289,6 +290,8 @@ class Grant(Frozen):
     weigh: Weigh | None = None
     """Set where the model is to say how sure it is, for the calibration."""
     bar: Bar | None = None
+    similar: Weigh | None = None
+    """Set where it may get what a similar call got, which is then put on record with its route."""
 
 
 class Ask(Frozen):
@@ -299,6 +302,19 @@ class Ask(Frozen):
     call: Call
     tier: Name
     grant: Grant = Grant()
+
+
+class Likeness(Frozen):
+    """Why a call was given what another one got; see `models.similar`."""
+
+    entry: Digest
+    """The kept answer's key, as in the cache."""
+    similarity: int = Field(ge=0, le=1000)
+    """Of the texts, in thousandths."""
+    wrong_permille: int = Field(ge=0, le=1000)
+    """The share of wrong answers at such similarities, at most, by the comparisons so far."""
+    permitted: int = Field(ge=1, le=1000)
+    """What settings permitted."""
 
 
 class Answered(Frozen):
@@ -312,6 +328,8 @@ class Answered(Frozen):
     cost: Cost = Cost()
     cached: bool = False
     """It was given to an identical call before."""
+    similar: Likeness | None = None
+    """It was given to a similar call before, and to none that is identical."""
     confidence: int | None = None
     """How sure the model sounded, in thousandths, if it was asked."""
     unsure: bool = False
@@ -331,3 +349,8 @@ class Task:
     """Objections to an answer, in words the model can use; empty means good."""
     cache_seconds: int = 0
     """How long an answer may be given again to an identical call; only for what starts no action."""
+    read_only: bool = False
+    """Nothing is done because of its answer alone, and neither time nor caller matters to it: settings may
+    let it be given again to a call that says the same in other words."""
+    gist: Callable[[str], str] | None = None
+    """What of an answer counts when two are compared; `None` is all of it."""

@@ -169,6 +169,9 @@ class TaskSettings(Frozen):
     """1 goes first among queued work."""
     cache_seconds: int | None = Field(default=None, ge=0)
     """How long an identical call gets the same answer; 0 is never, and `None` leaves it to the task."""
+    similar_wrong_permille: int | None = Field(default=None, ge=1, le=200)
+    """How many of a thousand answers may be wrong that are given because a similar call got them; `None` is
+    that none is. Only for tasks that are declared read-only and cached."""
     tier: Name | None = None
     """The only tier that may take it."""
     redact: bool = False

@@ -351,6 +351,38 @@ class CacheRow(SQLModel, table=True):
     expires_at: int = Field(sa_type=BIG, index=True)
 
 
+class SimilarRow(SQLModel, table=True):
+    """Where the texts lie of a call whose answer is kept, for as long as it is."""
+
+    __tablename__ = "similar_entry"  # pyright: ignore[reportAssignmentType]
+    __table_args__ = (Index("similar_by_shape", "tenant", "shape"),)
+    tenant: str = Field(primary_key=True)
+    key: str = Field(primary_key=True)
+    """The answer's, in `cache_entry`."""
+    shape: str
+    """Digest of all that must be the same between similar calls."""
+    gist: str
+    """Names what counts of the answer."""
+    inputs: str
+    """Digests of the texts, and the derived name of whom the call is about, for erasing."""
+    vectors: str
+    """Float32 in Base64, one vector per text; sealed with encryption on."""
+    expires_at: int = Field(sa_type=BIG)
+
+
+class SimilarTally(SQLModel, table=True):
+    """How often answers to similar calls were the same when they were compared."""
+
+    __tablename__ = "similar_tally"  # pyright: ignore[reportAssignmentType]
+    tenant: str = Field(primary_key=True)
+    line: str = Field(primary_key=True)
+    """Digest of what the comparisons hold for."""
+    edge: int = Field(primary_key=True)
+    """Least similarity, in thousandths."""
+    rights: int = Field(default=0, sa_type=BIG)
+    wrongs: int = Field(default=0, sa_type=BIG)
+
+
 class ShortTermUse(SQLModel, table=True):
     """How often the short-term caches of all processes had the answer, by day."""
 

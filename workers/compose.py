@@ -60,7 +60,7 @@ from activities.services.probe import Probes, keep_probed
 from activities.services.regions import home_behind
 from activities.services.requests import Requests
 from activities.services.residence import stores
-from activities.services.router import Answerer
+from activities.services.router import Alike, Answerer
 from activities.services.routes import Measurements, Routes
 from activities.services.short_term import ShortTerm, metered
 from activities.services.site_server import SiteServer
@@ -74,10 +74,12 @@ from activities.tiers.kinds import chat_endpoint
 from activities.tiers.kinds import embedder as embedding_adapter
 from activities.tiers.wire import ChatEndpoint, http_client
 from models.canonical import sha256
+from models.errors import InvalidInput
 from models.inference import Task
 from models.people import People
 from models.regions import misplaced, served
 from models.settings import Settings, TierSettings
+from models.similar import may_be_similar
 from models.visibility import Queue, Role, infer_queue, queue_of
 from temporal.backlog import Backlog
 from workers import registry
@@ -249,13 +251,15 @@ class _Composer:
         lines = served(settings)
         endpoints = {tier.name: await self._endpoint(tier) for tier in dict.fromkeys(t for t, _ in lines)}
         tasks = registry.tasks(settings) | dict(self._parts.tasks)
+        cache = Cache(self._database, utc_now)
         answerer = Answerer(
             settings.tiers,
             endpoints,
             tasks,
             self._content,
             till=Till(self._database, utc_now),
-            cache=Cache(self._database, utc_now),
+            cache=cache,
+            similar=await self._similar(tasks, cache),
             wanted=settings.tasks,
             clock=utc_now,
         )
@@ -271,6 +275,30 @@ class _Composer:
             )
             for tier, queue in lines
         ]
+
+    async def _similar(self, tasks: Mapping[str, Task], cache: Cache) -> Alike | None:
+        """What gives calls the answers of similar ones, if settings permit it for a task."""
+        wanted = {name: one for name, one in self._settings.tasks.items() if one.similar_wrong_permille}
+        for name, one in wanted.items():
+            if name in tasks:
+                may_be_similar(tasks[name], one)
+        if not wanted:
+            return None
+        embedder = await self._embedder()
+        if embedder is None:
+            remedy = "similar calls are found by it; set it, or leave tasks.*.similar_wrong_permille out"
+            raise InvalidInput.field("embeddings", None, remedy)
+        # Loaded only where it is used: it computes with NumPy, which no other part of this role needs.
+        from activities.services.similar import Similar
+
+        return Similar(self._database, self._content, cache, embedder, wanted, utc_now)
+
+    async def _embedder(self) -> Embedder | None:
+        settings = self._settings.embeddings
+        if self._parts.embedder is not None or settings is None:
+            return self._parts.embedder
+        client = await self._stack.enter_async_context(http_client(settings))
+        return Coalesced(embedding_adapter(settings, client))
 
     async def _endpoint(self, tier: TierSettings) -> Endpoint:
         if tier.name in self._parts.endpoints:
@@ -288,10 +316,7 @@ class _Composer:
 
     async def _remember(self) -> Worker:
         settings = self._settings.embeddings
-        embedder = self._parts.embedder
-        if embedder is None and settings is not None:
-            client = await self._stack.enter_async_context(http_client(settings))
-            embedder = Coalesced(embedding_adapter(settings, client))
+        embedder = await self._embedder()
         dimensions = settings.dimensions if settings is not None else DIMENSIONS_WITHOUT_MODEL
         database = self._memories()
         leases = Leases(database, f"remember-{uuid.uuid4()}", utc_now)

@@ -2,7 +2,8 @@
 
 An entry's key covers everything the answer depends on and everything that limits who may see it. SQL holds
 the truth; a process keeps what it used lately and asks again after a second, so that a retraction is heard
-everywhere by then. Nothing here is similar to anything: texts are the same to the byte, or they differ.
+everywhere by then. Nothing here is similar to anything: texts are the same to the byte, or they differ. What
+`services.similar` keeps beside an answer goes with it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import Connection, bindparam, delete, select
+from sqlalchemy import Connection, bindparam, delete, exists, select
 
 from activities.services.database import Database, from_micros, insert_for, to_micros
 from activities.services.discreet import seal_text, text_reader
 from activities.services.statements import Statement
 from models.canonical import sha256
 from models.inference import Answered, DataClass, Prompt
-from models.tables import CacheRow, table
+from models.tables import CacheRow, SimilarRow, table
 
-CACHE = table(CacheRow)
+CACHE, SIMILAR = table(CacheRow), table(SimilarRow)
 FRESH = timedelta(seconds=1)
 """How long a process believes what it read."""
 MOST = 4096
@@ -119,7 +120,13 @@ class Cache:
             wanted &= CACHE.c.key == digest
         if task is not None:
             wanted &= CACHE.c.task == task
-        gone = await self._database.write(lambda link: link.execute(delete(CACHE).where(wanted)).rowcount)
+
+        def work(link: Connection) -> int:
+            gone = link.execute(delete(CACHE).where(wanted)).rowcount
+            leave_in(link)
+            return gone
+
+        gone = await self._database.write(work)
         self._kept.clear()
         return gone
 
@@ -161,18 +168,42 @@ def put_in(link: Connection, key: Key, answered: Answered, task: str, until: dat
 
 
 def drop_in(link: Connection, tenant: str, texts: Collection[str]) -> int:
-    """Delete the answers whose text is one of these; returns how many."""
+    """Delete the answers whose text is one of these, and where these lie; returns how many answers.
+
+    A subject's derived name stands for all texts of calls about it.
+    """
     gone, read = set(texts), text_reader(link, tenant)
     rows = link.execute(select(CACHE.c.key, CACHE.c.answered).where(CACHE.c.tenant == tenant)) if gone else ()
     keys = [row.key for row in rows if Answered.model_validate_json(read(row.answered)).text.digest in gone]
     for key in keys:
         link.execute(delete(CACHE).where(CACHE.c.tenant == tenant, CACHE.c.key == key))
+    for key in _lying(link, tenant, gone):
+        link.execute(delete(SIMILAR).where(SIMILAR.c.tenant == tenant, SIMILAR.c.key == key))
+    leave_in(link)
     return len(keys)
+
+
+def lying_in(link: Connection, tenant: str, texts: Collection[str]) -> int:
+    """How many of these texts' places are still kept."""
+    return len(_lying(link, tenant, set(texts)))
+
+
+def _lying(link: Connection, tenant: str, texts: set[str]) -> list[str]:
+    query = select(SIMILAR.c.key, SIMILAR.c.inputs).where(SIMILAR.c.tenant == tenant)
+    return [row.key for row in link.execute(query) if not texts.isdisjoint(row.inputs.split())]
+
+
+def leave_in(link: Connection) -> None:
+    """Delete where the texts of calls lie whose answers are gone."""
+    answer = exists().where(CACHE.c.tenant == SIMILAR.c.tenant, CACHE.c.key == SIMILAR.c.key)
+    link.execute(delete(SIMILAR).where(~answer))
 
 
 def sweep_in(link: Connection, now: datetime) -> int:
     """Delete what expired; returns how many."""
-    return link.execute(delete(CACHE).where(CACHE.c.expires_at <= to_micros(now))).rowcount
+    gone = link.execute(delete(CACHE).where(CACHE.c.expires_at <= to_micros(now))).rowcount
+    leave_in(link)
+    return gone
 
 
 def _read(link: Connection, key: Key, now: datetime) -> _Kept:

@@ -303,7 +303,7 @@ def _erase(
         connection.execute(delete(GIVEN).where(GIVEN.c.tenant == tenant, GIVEN.c.digest.in_(part)))
         connection.execute(delete(NAMES).where(NAMES.c.tenant == tenant, NAMES.c.digest.in_(part)))
     compact_words(connection)
-    return shared, cache.drop_in(connection, tenant, gone)
+    return shared, cache.drop_in(connection, tenant, [*gone, subject_id(tenant, subject)])
 
 
 def _in_ledger(connection: Connection, tenant: str, digests: Sequence[str]) -> _Named:
@@ -340,13 +340,14 @@ def _look(
         "beliefs": [(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)],
         "texts": [(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)) for part in _parts(gone)],
     }
-    return {
+    left = {
         name: sum(
             int(connection.execute(select(func.count()).where(*conditions)).scalar_one())
             for conditions in each
         )
         for name, each in questions.items()
     }
+    return left | {"similar": cache.lying_in(connection, tenant, [*gone, subject_id(tenant, subject)])}
 
 
 def _parts(values: Sequence[str]) -> list[Sequence[str]]:

@@ -11,7 +11,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Protocol
@@ -75,6 +75,18 @@ class Contents(Protocol):
         ...
 
 
+class Alike(Protocol):
+    """What answers calls with what similar ones got; `services.similar.Similar` does."""
+
+    async def answer(self, tried: Try, scope: Scope, make: Callable[[], Awaitable[Answered]]) -> Answered:
+        """An answer, from there or made."""
+        ...
+
+    async def record(self, tried: Try, answered: Answered) -> None:
+        """Put on record why it was given, if it is from there."""
+        ...
+
+
 class Answerer:
     """The tiers of this process: each with its door, its breakers, and one answer for identical calls."""
 
@@ -87,6 +99,7 @@ class Answerer:
         *,
         till: Till | None = None,
         cache: Cache | None = None,
+        similar: Alike | None = None,
         breakers: Breakers | None = None,
         wanted: Mapping[str, TaskSettings] | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -102,6 +115,7 @@ class Answerer:
         self._contents = contents
         self._till = till
         self._cache = cache
+        self._similar = similar
         self._breakers = breakers or Breakers(ticks, random.random)
         self._wanted = wanted or {}
         self._clock = clock
@@ -201,12 +215,17 @@ class Answerer:
         async def made() -> Answered:
             # Looked up while others wait: what one of them had found missing, another may have made since.
             # The name is taken anew, for the model may have said who it is by now.
-            kept = await cache.get(self._key(tried, self._models[tried.tier.name]) or key)
-            return kept if kept is not None else await self._made(tried)
+            model = self._models[tried.tier.name]
+            kept = await cache.get(self._key(tried, model) or key)
+            if kept is not None or self._similar is None:
+                return kept or await self._made(tried)
+            return await self._similar.answer(tried, self._scope(tried, model), lambda: self._made(tried))
 
         answered = await cache.once(key, made)
         if not answered.cached:
             return answered
+        if self._similar is not None:
+            await self._similar.record(tried, answered)
         await self._book(tried, settle=not answered.unsure)
         return answered.model_copy(update={"cost": _nothing(tried.tier)})
 
@@ -214,18 +233,20 @@ class Answerer:
         question = tried.question
         if self._cache is None or question.cache_seconds == 0:
             return None
-        needs = question.own
-        scope = Scope(
+        return key_of(self._scope(tried, model), question.prompt)
+
+    def _scope(self, tried: Try, model: str) -> Scope:
+        question = tried.question
+        return Scope(
             tenant=tried.tenant,
-            data_class=needs.data_class,
-            region=needs.region,
+            data_class=question.own.data_class,
+            region=question.own.region,
             policy=self._policy,
             tier=tried.tier.name,
             model=model,
             task=question.task.name,
             subject=question.call.subject,
         )
-        return key_of(scope, question.prompt)
 
     async def _made(self, tried: Try) -> Answered:
         """Ask the tier, and note what it took however it ends."""

@@ -370,6 +370,7 @@ class Routes:
                 priority=wanted.priority,
                 weigh=_weigh(wanted, order),
                 bar=record.route.bar,
+                similar=_similar(self._task(order.call.task), wanted, order),
             ),
         )
 
@@ -400,6 +401,12 @@ def _draw(order: RouteOrder) -> int:
 
 def _weigh(wanted: TaskSettings, order: RouteOrder) -> Weigh | None:
     if wanted.wrong_costs is None:
+        return None
+    return Weigh(workflow_id=order.workflow_id, route=order.event_id)
+
+
+def _similar(task: Task, wanted: TaskSettings, order: RouteOrder) -> Weigh | None:
+    if not task.read_only or wanted.similar_wrong_permille is None:
         return None
     return Weigh(workflow_id=order.workflow_id, route=order.event_id)
 

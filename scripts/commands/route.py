@@ -37,6 +37,8 @@ class Explained:
     replay: str
     """Whether the same decision comes out again today."""
     fallbacks: tuple[dict[str, Any], ...] = ()
+    similar: tuple[dict[str, Any], ...] = ()
+    """What it was given that similar calls got."""
 
     def plain(self) -> dict[str, Any]:
         """For programs."""
@@ -46,6 +48,7 @@ class Explained:
             "recorded_at": self.event.recorded_at.isoformat(),
             "replay": self.replay,
             "fallbacks": list(self.fallbacks),
+            "similar": list(self.similar),
             **self.record.model_dump(mode="json"),
         }
 
@@ -102,7 +105,8 @@ async def explained(session: Session, wanted: str) -> tuple[Explained, ...]:
     if not routes:
         raise UnknownName(f"route: {wanted!r} has none on record; name a run, or a route's event id")
     falls = [event.body for event in events if event.type is EventType.FALLBACK]
-    return tuple([await read(session, event, falls) for event in routes])
+    given = [event.body for event in events if event.type is EventType.SIMILAR]
+    return tuple([await read(session, event, falls, given) for event in routes])
 
 
 async def _run_of(session: Session, event_id: str) -> str:
@@ -111,7 +115,9 @@ async def _run_of(session: Session, event_id: str) -> str:
     return await session.database.read(lambda link: link.execute(query).scalar_one_or_none()) or ""
 
 
-async def read(session: Session, event: Event, falls: Sequence[dict[str, Any]]) -> Explained:
+async def read(
+    session: Session, event: Event, falls: Sequence[dict[str, Any]], given: Sequence[dict[str, Any]] = ()
+) -> Explained:
     """One event as a route, made again with the policy it names.
 
     Raises:
@@ -124,7 +130,8 @@ async def read(session: Session, event: Event, falls: Sequence[dict[str, Any]]) 
             "event", event.event_id, f"it was written by a version that knows more ({error.error_count()})"
         ) from None
     mine = tuple(fall for fall in falls if fall["task"] == record.route.purpose)
-    return Explained(event, record, await _replay(session, record), mine)
+    similar = tuple(one for one in given if one["route"] == event.event_id)
+    return Explained(event, record, await _replay(session, record), mine, similar)
 
 
 async def _replay(session: Session, record: RouteRecord) -> str:
@@ -165,7 +172,18 @@ def show(one: Explained) -> None:
         out.print(visible(f"refused as {record.refused_as}: {record.refusal}"), soft_wrap=True)
     for fall in one.fallbacks:
         out.print(visible(f"{fall['tier']} failed: {fall['reason']}"), soft_wrap=True)
+    for given in one.similar:
+        out.print(_given(given), soft_wrap=True)
     out.print(f"replay: {one.replay}", style="dim")
+
+
+def _given(given: dict[str, Any]) -> str:
+    """Which similar call's answer it was given, and why it might be."""
+    return (
+        f"{given['tier']} was not asked: a similar call's answer was given, {given['entry'][:12]}, texts "
+        f"alike by {given['similarity']} of 1000, of such at most {given['wrong_permille']} of 1000 wrong "
+        f"({given['permitted']} permitted)"
+    )
 
 
 def _row(candidate: Candidate, tiers: Sequence[str]) -> tuple[str, ...]:
