@@ -45,6 +45,7 @@ NAMES = {
 EFFECTS = ("apply", "compensation", "receipt")
 LEVELS = ("claimed", "principal", "signed")
 CLASSES = ("read_only", "reversible", "correctable", "irreversible")
+POLICY = "gate_policy"
 moment = datetime.fromisoformat
 
 
@@ -120,6 +121,8 @@ def is_signed(note: str, keys: list[Key]) -> bool:
 def alone(intent: Plain) -> bool:
     """Whether an intent needs no person: by its gate's limits, or by the narrow grant bound into it."""
     gate, plans, use = intent["gate"], intent["plans"], intent.get("use")
+    if any(plan["connector"] == POLICY for plan in plans):
+        return False
     if use and use["number"] <= use["grant"]["max_uses"] and covers(use["grant"], intent):
         return True
     limit = CLASSES.index(gate.get("automatic_up_to", "reversible"))
@@ -198,6 +201,16 @@ def passed(intent: Plain, verdicts: Verdicts) -> bool:
     return False
 
 
+def loose(intent: Plain) -> bool:
+    """Whether it would change a policy, under a gate that is too wide for that."""
+    gate, actions = intent["gate"], intent["proposal"]["actions"]
+    if all(one["connector"] != POLICY for one in (*actions, *intent["plans"])):
+        return False
+    wide = gate["automatic"] or gate.get("self_approval") or gate.get("break_glass") or not gate["roles"]
+    named = intent["proposer"] == "policy" and len(actions) == 1 and intent.get("requester")
+    return bool(wide or not named or gate.get("assurance") != "signed")
+
+
 def outrun(verdicts: Verdicts) -> bool:
     """Whether somebody approved after what was delegated to them had ended."""
     ends: dict[str, str | None] = {}
@@ -216,6 +229,7 @@ def forbidden(run: Run, intent: Plain, digest: str, action: int, now: str, verdi
     due, limit = intent["proposal"]["not_before"], moment(intent["expires_at"])
     reasons = (
         (all(plan["action"] != action for plan in intent["plans"]), "it is not part of the intent"),
+        (loose(intent), "its gate is too wide for a change of policy"),
         (digest not in run["intents"], "no such intent stands before it"),
         (digest not in run["last"], "a later intent replaced this one"),
         (digest in run["over"], "the intent expired, drifted or was being taken back"),
@@ -246,6 +260,8 @@ class Conduct:
         run = self.runs[name]
         if kind in ("erasure_order", "erasure"):
             return self._of_erasure(event, kind, body)
+        if kind == "policy.changed":
+            return self._of_policy(run, event, body)
         if stream == name:
             return self._of_run(run, event, kind, body, str(body.get("digest")))
         if kind in EFFECTS and stream == f"{name}/act":
@@ -273,6 +289,17 @@ class Conduct:
             for one in run.pop("intents", ()):
                 self.intents.pop(one, None)
         return wrong
+
+    def _of_policy(self, run: Run, event: Plain, body: Plain) -> list[str]:
+        key, digest = str(body.get("key")), str(body.get("digest"))
+        fits = key == f"{digest}.0" + ".undo" * ("withdraws" in body)
+        fits = fits and event["stream"] == f"policy/{body.get('agent')}"
+        if digest in self.intents:
+            plans = json.loads(self.intents[digest])["plans"]
+            fits = fits and all(plan["connector"] == POLICY for plan in plans)
+        allowed = key in run["tried"] and key not in run["done"] | run["changed"] | run["absent"]
+        run["changed"].add(key)
+        return [] if fits and allowed else [f"policy was changed under {key}, and nobody had agreed to that"]
 
     def _of_erasure(self, event: Plain, kind: str, body: Plain) -> list[str]:
         if kind == "erasure":

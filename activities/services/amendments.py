@@ -42,7 +42,7 @@ from models.errors import (
 from models.gate import Standing, counted_verdicts, may_act, standing
 from models.ledger import Append, Draft, Entry, EventType, policy_stream
 from models.loop import Frozen, Intent, Status, action_key
-from models.policy import GATE_POLICY, POLICY_AGENT, AgentPolicy, Policy, policy_digest
+from models.policy import GATE_POLICY, POLICY_AGENT, AgentPolicy, Policy, is_current, policy_digest
 
 Doubt = Callable[[str, Verdict], str | None]
 
@@ -151,6 +151,8 @@ class InForce:
             return None, "what it rests on cannot be read"
         if amendment.agent != agent or amendment.base != change.body["base"]:
             return amendment, "it was agreed to for another agent or another file"
+        if not is_current(self.file.of(POLICY_AGENT), intent, change.recorded_at):
+            return amendment, "it was agreed to under another rule for changes than the file's"
         entries = entries_in(link, tenant, intent.workflow_id)
         ends = [one for one in entries if one.type is EventType.OUTCOME]
         if any(one.body.get("status") != Status.EXECUTED for one in ends):

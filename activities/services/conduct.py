@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 
 from models.gate import may_act, may_undo
-from models.ledger import Entry, Event, EventType, act_stream
+from models.ledger import Entry, Event, EventType, act_stream, policy_stream
 from models.loop import Intent, Status, action_key
+from models.policy import GATE_POLICY
 
 UNDO = ".undo"
 ATTEMPTS = (EventType.APPLY, EventType.COMPENSATION)
@@ -25,6 +26,7 @@ class _Run:
     confirmed: set[str] = field(default_factory=set[str])
     closed: set[str] = field(default_factory=set[str])
     doubtful: set[str] = field(default_factory=set[str])
+    changed: set[str] = field(default_factory=set[str])
     ended: bool = False
 
 
@@ -54,6 +56,8 @@ class Conduct:
             yield from self._of_run(run, event)
         elif event.stream == act_stream(event.correlation_id):
             yield from self._of_act(run, event)
+        elif event.type is EventType.POLICY_CHANGED:
+            yield from self._of_policy(run, event)
 
     def _of_run(self, run: _Run, event: Event) -> Iterator[str]:
         digest = event.body.get("digest")
@@ -101,6 +105,20 @@ class Conduct:
             why = self._forbids(run, event, digest, action, key)
             if why is not None:
                 yield f"action {key} was not allowed: {why}"
+
+    def _of_policy(self, run: _Run, event: Event) -> Iterator[str]:
+        """A policy changes while an attempt that was allowed goes on, once, and by nothing else."""
+        key, digest = str(event.body.get("key")), str(event.body.get("digest"))
+        plain, intent = action_key(digest, 0), self._intents.get(digest)
+        if key != plain + (UNDO if "withdraws" in event.body else ""):
+            yield f"action key {key} is not that of a change of policy by intent {digest}"
+        if event.stream != policy_stream(str(event.body.get("agent"))):
+            yield "it stands in the stream of another agent's policy"
+        if key not in run.attempted or key in run.confirmed | run.changed | run.closed:
+            yield f"policy was changed under {key}, and no attempt that was allowed went on"
+        if intent is not None and any(plan.connector != GATE_POLICY for plan in intent.plans):
+            yield f"policy was changed by intent {digest}, which is about something else"
+        run.changed.add(key)
 
     def _forbids(self, run: _Run, event: Event, digest: str, action: int, key: str) -> str | None:
         if key.endswith(UNDO):

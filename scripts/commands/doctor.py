@@ -33,6 +33,7 @@ from models.settings import EmbeddingSettings, Settings, TierSettings
 from scripts import stack
 from scripts.commands.findings import Finding, Health
 from scripts.commands.keys import look_at_keys
+from scripts.commands.policy import look_at_policy
 from temporal import dev_server
 from workers import config
 
@@ -71,7 +72,7 @@ async def examine(environ: Mapping[str, str] | None = None, folder: Path | None 
     first = [_python(), Finding("settings", Health.OK, str(chosen or "shipped defaults"))]
     looks: tuple[Look, ...] = (
         *(_programs, _temporal, _weights, _data, _database),
-        *(look_at_keys, _ports, _servers),
+        *(look_at_keys, look_at_policy, _ports, _servers),
     )
     return first + [finding for look in looks for finding in await look(settings)]
 
