@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Iterable
+from json.encoder import encode_basestring
 from typing import Annotated, Any, cast
 
 import rfc8785
@@ -20,8 +20,7 @@ Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 NAMESPACE = uuid.UUID("6f1f2b52-5f0c-5d0e-9a42-0c1d5b8c2e11")
 MAX_SAFE_INTEGER = 2**53 - 1
-_PLAIN = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-"""Writes the canonical form of what `_is_plain`."""
+_WORDS = {True: "true", False: "false", None: "null"}
 
 
 def sha256(data: bytes) -> str:
@@ -49,7 +48,10 @@ def canonical(value: BaseModel | dict[str, Any]) -> bytes:
 
 def plain_text(value: dict[str, Any]) -> str | None:
     """The canonical text of what is JSON as it stands; `None` if anything is to be converted or refused."""
-    return _PLAIN.encode(value) if _is_plain(value) else None
+    try:
+        return _plain(value)
+    except _NotPlain:
+        return None
 
 
 def digest_of(value: BaseModel | dict[str, Any]) -> str:
@@ -68,31 +70,45 @@ def subject_id(tenant: str, subject: str) -> str:
     return derived_id("subject", tenant, subject)
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether `_PLAIN` writes the canonical form: nothing is to be converted, refused or sorted with care.
+class _NotPlain(Exception):
+    """Something is to be converted, refused or sorted with care."""
 
-    By exact types and in one pass, because everything that is recorded goes through here.
-    """
+
+def _plain(value: Any) -> str:
+    """By exact types and in one pass, because everything that is recorded goes through here."""
     kind = type(value)
-    if kind is str or value is None or kind is bool:
-        return True
-    if kind is int:
-        return -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER
+    if kind is str:
+        return encode_basestring(value)
     if kind is dict:
-        return _are_plain_keys(value) and _are_plain(value.values())
-    return kind is list and _are_plain(value)
+        return _plain_dict(value)
+    if kind is list:
+        return f"[{','.join(map(_plain, value))}]"
+    if value is None or kind is bool:
+        return _WORDS[value]
+    if kind is int and -MAX_SAFE_INTEGER <= value <= MAX_SAFE_INTEGER:
+        return str(value)
+    raise _NotPlain
 
 
-def _are_plain_keys(names: Iterable[Any]) -> bool:
+def _plain_dict(value: dict[Any, Any]) -> str:
+    names = list(value)
+    if not _are_plain(names):
+        raise _NotPlain
+    names.sort()
+    # Most are texts, and a call costs more than the question.
+    written = [
+        f"{encode_basestring(name)}:"
+        f"{encode_basestring(item) if type(item := value[name]) is str else _plain(item)}"
+        for name in names
+    ]
+    return f"{{{','.join(written)}}}"
+
+
+def _are_plain(names: list[Any]) -> bool:
     try:
         return "".join(names).isascii()
     except TypeError:
         return False
-
-
-def _are_plain(values: Iterable[Any]) -> bool:
-    # Most are texts, and a call costs more than the question.
-    return all(map(_is_plain, [value for value in values if type(value) is not str]))
 
 
 def _has_plain_keys(value: Any) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, event, select
 
 from activities.services.database import Database, Shared
 from activities.services.envelopes import envelope
-from activities.services.ledger_store import EVENT, LedgerStore, entries_in
+from activities.services.ledger_store import EVENT, LedgerStore, entries_in, in_runs
 from activities.services.migrations import migrate
 from models.canonical import canonical
 from models.errors import LedgerBroken
@@ -72,7 +72,11 @@ class Held:
 
 async def at_once(database: Database, *wishes: Append) -> tuple[list[Any], int]:
     """Outcomes in order, and how many transactions were committed for them."""
-    store = LedgerStore(database, lambda: NOW)
+    return await at_once_in(LedgerStore(database, lambda: NOW), database, *wishes)
+
+
+async def at_once_in(store: LedgerStore, database: Database, *wishes: Append) -> tuple[list[Any], int]:
+    """The same in a store that is there already."""
     async with Held(database) as held:
         waiting = [asyncio.ensure_future(store.append(wish)) for wish in wishes]
         await asyncio.sleep(0)
@@ -183,6 +187,82 @@ def test_an_envelope_is_the_canonical_bytes_of_its_event(body: dict[str, Any], t
             envelope(log, made, 7, 2**52, NOW)
     else:
         assert envelope(log, made, 7, 2**52, NOW) == expected
+
+
+async def test_writes_of_one_turn_of_the_loop_share_one_commit_without_anything_to_wait_for(
+    database: Database, url: str
+) -> None:
+    store, commits = LedgerStore(database, lambda: NOW), list[Connection]()
+    await store.append(wish("first", 0, "first"))
+    event.listen(database.engine, "commit", commits.append)
+    told = await asyncio.gather(*(store.append(wish(f"s{n}", 0, f"e{n}")) for n in range(100)))
+    assert all(one.won for one in told) and len(commits) == 1
+    assert check(url, "default", 101) == 101
+
+
+async def test_a_database_that_is_closed_in_the_turn_that_wrote_has_written(url: str) -> None:
+    database = Database(url)
+    waiting = [
+        asyncio.ensure_future(LedgerStore(database, lambda: NOW).append(wish(f"s{n}", 0, f"e{n}")))
+        for n in range(3)
+    ]
+    await asyncio.sleep(0)
+    await asyncio.to_thread(database.close)
+    assert [one.won for one in await asyncio.gather(*waiting)] == [True] * 3
+    with pytest.raises(RuntimeError, match="closed"):
+        await database.write(lambda _: None)
+
+
+async def test_shared_work_that_does_not_answer_everybody_fails(database: Database) -> None:
+    with pytest.raises(ValueError, match="0 results for 1"):
+        await database.write(Shared(lambda _, items: list[int](), 1))
+
+
+async def test_what_a_writer_remembers_of_streams_ends_where_another_process_appends(
+    database: Database, url: str
+) -> None:
+    other = Database(url)
+    here, there = (LedgerStore(one, lambda: NOW) for one in (database, other))
+    for number in range(0, 6, 2):
+        assert (await here.append(wish("s", number, f"e{number}"))).won
+        assert (await there.append(wish("s", number + 1, f"e{number + 1}"))).won
+        lost = await here.append(wish("s", number + 1, "late"))
+        assert not lost.won and [entry.version for entry in lost.entries] == [number + 2]
+    other.close()
+    assert check(url, "default", 6) == 6
+
+
+async def test_what_a_writer_remembers_of_streams_is_forgotten_with_a_transaction_that_is_undone(
+    database: Database, url: str
+) -> None:
+    store = LedgerStore(database, lambda: NOW)
+    assert (await store.append(wish("s", 0, "first"))).won
+    for number in range(1, 4):
+        told, _ = await at_once_in(store, database, wish("s", number, f"e{number}"), wish("u", 0, "first"))
+        assert told[0].won and "UNIQUE" in str(told[1])
+    assert (await store.append(wish("s", 4, "last"))).won
+    assert check(url, "default", 5) == 5
+
+
+async def test_a_run_is_found_in_its_own_stream_and_in_those_of_others(database: Database) -> None:
+    store = LedgerStore(database, lambda: NOW)
+    others = [("run/act", "run"), ("run", "another"), ("calibration/draft", "run"), ("another", "another")]
+    for number, (stream, run) in enumerate([("run", "run"), *others]):
+        one = draft(f"e{number}", stream).model_copy(update={"correlation_id": run})
+        await store.add("default", one)
+        await store.add("elsewhere", one)
+    assert [one.event_id for one in await store.of_run("default", "run")] == ["e0", "e1", "e3"]
+
+
+def test_a_run_is_found_by_indexes(database: Database) -> None:
+    query = select(EVENT.c.seq).where(in_runs("default", ["run"])).order_by(EVENT.c.seq)
+    said = query.compile(database.engine, compile_kwargs={"literal_binds": True})
+    plan = database.read_now(
+        lambda link: [row.detail for row in link.exec_driver_sql(f"EXPLAIN QUERY PLAN {said}")]
+    )
+    searches = [step for step in plan if "event" in step]
+    assert len(searches) == 3 and all(step.startswith("SEARCH") for step in searches)
+    assert all(any(name in step for name in ("seq=?", "stream=?", "correlation_id=?")) for step in searches)
 
 
 def test_rows_are_written_in_the_order_of_the_tables_columns() -> None:

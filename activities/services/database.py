@@ -65,10 +65,10 @@ class _Job(NamedTuple):
     """Where the future lives, if it is asyncio's."""
 
 
-class _Done(NamedTuple):
-    job: _Job
-    result: Any = None
-    failure: BaseException | None = None
+class _Failed(NamedTuple):
+    """What a job came to that raised."""
+
+    error: BaseException
 
 
 class Database:
@@ -78,10 +78,12 @@ class Database:
         """Open nothing yet; the first use connects."""
         self.engine = _engine(url)
         self._turns = Turns(_turns_of(self.engine))
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
         self._lock = threading.Lock()
         self._closed = False
+        self._arrived = dict[asyncio.AbstractEventLoop, list[_Job]]()
+        """What came in one turn of a loop, until it is handed over all at once."""
         self._crowd = 1
         """How many were served last time; they are likely to come back."""
 
@@ -89,13 +91,24 @@ class Database:
         """Run `work` in a durable transaction, together with what others queued; all or nothing for each."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
-        self._put(_Job(work, future, loop))
+        job = _Job(work, future, loop)
+        with self._lock:
+            arrived = self._arrived.get(loop)
+            if arrived is None:
+                self._start()
+                # Whoever is woken by one commit comes back in one turn of the loop. A writer that is woken by
+                # the first of them contends with all the others for the interpreter.
+                arrived = self._arrived[loop] = []
+                loop.call_soon(self._hand_over, loop)
+            arrived.append(job)
         return await future
 
     def submit(self, work: Callable[[Connection], T]) -> Future[T]:
         """Queue `work` for the writer from any thread."""
         future: Future[T] = Future()
-        self._put(_Job(work, future, None))
+        with self._lock:
+            self._start()
+            self._jobs.put([_Job(work, future, None)])
         return future
 
     async def read(self, work: Callable[[Connection], T]) -> T:
@@ -110,55 +123,62 @@ class Database:
     def close(self) -> None:
         """Finish what is queued and give connections back."""
         with self._lock:
-            self._closed, writer = True, self._writer
+            self._closed, writer, loops = True, self._writer, list(self._arrived)
+        for loop in loops:
+            self._hand_over(loop)
         if writer is not None:
             self._jobs.put(None)
             writer.join()
         self._turns.close()
         self.engine.dispose()
 
-    def _put(self, job: _Job) -> None:
+    def _start(self) -> None:
+        if self._closed:
+            raise RuntimeError("the database is closed")
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._run, name="database-writer", daemon=True)
+            self._writer.start()
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         with self._lock:
-            if self._closed:
-                raise RuntimeError("the database is closed")
-            if self._writer is None:
-                self._writer = threading.Thread(target=self._run, name="database-writer", daemon=True)
-                self._writer.start()
-            self._jobs.put(job)
+            jobs = self._arrived.pop(loop, [])
+            for start in range(0, len(jobs), BATCH):
+                self._jobs.put(jobs[start : start + BATCH])
 
     def _run(self) -> None:
         going = True
-        while going and (first := self._jobs.get()) is not None:
-            batch = [first]
+        while going and (batch := self._jobs.get()) is not None:
             going = self._gather(batch, time.monotonic() + CROWD_SECONDS)
             try:
                 with self._turns:
                     # Others may have come while another process had its turn.
                     going = going and self._gather(batch, 0)
-                    done = self._commit([job for job in batch if _is_wanted(job)])
+                    batch = [job for job in batch if _is_wanted(job)]
+                    outcomes = self._commit(batch)
             except BaseException as error:
-                done = [_Done(job, failure=error) for job in batch]
+                outcomes = [_Failed(error)] * len(batch)
             self._crowd = len(batch)
-            _deliver(done)
+            _deliver(batch, outcomes)
 
     def _gather(self, batch: list[_Job], until: float) -> bool:
         """Take what has queued up, and linger for those who came along last time; False at the end."""
         with suppress(queue.Empty):
             while len(batch) < BATCH:
                 lingers = len(batch) < self._crowd and time.monotonic() < until
-                job = self._jobs.get(lingers, LINGER_SECONDS)
-                if job is None:
+                jobs = self._jobs.get(lingers, LINGER_SECONDS)
+                if jobs is None:
                     return False
-                batch.append(job)
+                batch += jobs
         return True
 
-    def _commit(self, batch: list[_Job]) -> list[_Done]:
+    def _commit(self, batch: list[_Job]) -> list[Any]:
+        """What each job came to, in order."""
         try:
             return self._together(batch)
         except _OneFailed:
             return self._apart(batch)
 
-    def _together(self, batch: list[_Job]) -> list[_Done]:
+    def _together(self, batch: list[_Job]) -> list[Any]:
         """All jobs in one transaction; savepoints cost more than the jobs do, and are seldom needed."""
         if not batch:
             return []
@@ -170,7 +190,7 @@ class Database:
                     raise
                 raise _OneFailed from error
 
-    def _apart(self, batch: list[_Job]) -> list[_Done]:
+    def _apart(self, batch: list[_Job]) -> list[Any]:
         """The same, so that a job that fails leaves the others alone."""
         with self.engine.begin() as connection:
             return [_attempt(connection, job) for job in batch]
@@ -184,17 +204,20 @@ def _kind(job: _Job) -> object:
     return job.work.many if isinstance(job.work, Shared) else None
 
 
-def _do(connection: Connection, jobs: list[_Job]) -> list[_Done]:
+def _do(connection: Connection, jobs: list[_Job]) -> Sequence[Any]:
     """Run neighbours of one kind."""
     first = jobs[0].work
-    if isinstance(first, Shared):
-        results = first.many(connection, [cast(Shared[Any, Any], job.work).item for job in jobs])
-    else:
-        results = [job.work(connection) for job in jobs]
-    return [_Done(job, result) for job, result in zip(jobs, results, strict=True)]
+    if not isinstance(first, Shared):
+        return [job.work(connection) for job in jobs]
+    many: Shared[Any, Any] = first
+    items = [job.work.item for job in jobs]  # pyright: ignore[reportFunctionMemberAccess]
+    results = many.many(connection, items)
+    if len(results) != len(items):
+        raise ValueError(f"{len(results)} results for {len(items)} jobs; work that is shared answers each")
+    return results
 
 
-def _attempt(connection: Connection, job: _Job) -> _Done:
+def _attempt(connection: Connection, job: _Job) -> Any:
     """Run one job in a savepoint, so that its failure does not undo its neighbours."""
     savepoint = connection.begin_nested()
     try:
@@ -204,11 +227,11 @@ def _attempt(connection: Connection, job: _Job) -> _Done:
         if error.connection_invalidated:
             raise
         savepoint.rollback()
-        return _Done(job, failure=error)
+        return _Failed(error)
     except Exception as error:
         savepoint.rollback()
-        return _Done(job, failure=error)
-    return _Done(job, result)
+        return _Failed(error)
+    return result
 
 
 def _is_wanted(job: _Job) -> bool:
@@ -216,10 +239,10 @@ def _is_wanted(job: _Job) -> bool:
     return future.set_running_or_notify_cancel() if isinstance(future, Future) else not future.cancelled()
 
 
-def _deliver(done: list[_Done]) -> None:
+def _deliver(batch: list[_Job], outcomes: list[Any]) -> None:
     """Hand results over; waking a loop once per batch and not once per job saves much of a batch's time."""
-    for loop in {one.job.loop for one in done}:
-        part = [one for one in done if one.job.loop is loop]
+    for loop in {job.loop for job in batch}:
+        part = [(job.future, what) for job, what in zip(batch, outcomes, strict=True) if job.loop is loop]
         if loop is None:
             _settle(part)
         else:
@@ -228,14 +251,14 @@ def _deliver(done: list[_Done]) -> None:
                 loop.call_soon_threadsafe(_settle, part)
 
 
-def _settle(done: list[_Done]) -> None:
-    for one in done:
-        if one.job.future.done():
+def _settle(done: list[tuple[Future[Any] | asyncio.Future[Any], Any]]) -> None:
+    for future, what in done:
+        if future.done():
             continue
-        if one.failure is None:
-            one.job.future.set_result(one.result)
+        if isinstance(what, _Failed):
+            future.set_exception(what.error)
         else:
-            one.job.future.set_exception(one.failure)
+            future.set_result(what)
 
 
 def _turns_of(engine: Engine) -> str | None:

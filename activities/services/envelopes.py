@@ -24,8 +24,9 @@ class Written(NamedTuple):
 
     def at(self, seq: int, version: int, moment: str) -> bytes:
         """The envelope at this place of its log and stream."""
-        there = f'"recorded_at":{encode_basestring(moment)},"seq":{seq},'
-        return f'{self.before}{there}{self.after}"version":{version}}}'.encode()
+        # A moment in ISO format has nothing to escape.
+        there = f'"recorded_at":"{moment}","seq":{seq}'
+        return f'{self.before}{there},{self.after}"version":{version}}}'.encode()
 
 
 def write(log: str, draft: Draft) -> Written:
@@ -43,7 +44,7 @@ def write(log: str, draft: Draft) -> Written:
     )
     after = (
         f'"span_id":{_text(draft.span_id)},"stream":{_text(draft.stream)},'
-        f'"trace_id":{_text(draft.trace_id)},"type":{_text(draft.type.value)},'
+        f'"trace_id":{_text(draft.trace_id)},"type":{_text(draft.type)},'
     )
     return Written(draft, before, after)
 

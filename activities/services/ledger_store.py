@@ -8,12 +8,12 @@ speaks of are one commit.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, bindparam, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, bindparam, func, select, text, union_all, update
 
 from activities.services.content import JSON, TEXT, put_blob
 from activities.services.database import Database, Shared, insert_for, to_micros
@@ -51,6 +51,9 @@ _GROW = Statement(
 )
 _ADD_EVENTS = Insertion(EVENT)
 _ADD_NODES = Insertion(NODE)
+_WON = Appended(won=True)
+TAILS, LOGS = 4096, 64
+"""Of so many streams in each of so many logs a process remembers where they end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +62,42 @@ class _Head:
 
     tenant: str
     size: int
-    peaks: list[bytes]
+    packed: bytes
+    """The peaks as they stand: no two logs that differ in anything have the same."""
 
 
 class _Prepared(NamedTuple):
     """A wish, with its envelopes as far as they are known before it has its turn."""
 
     wish: Append
+    stream: str
+    expected: int
     written: list[Written] | None
     """Nothing if texts must be kept first, since the drafts name them."""
+
+
+class Tails:
+    """Where streams of a log end, as long as nobody else has appended to it.
+
+    What is remembered holds for the peaks that it was learned at, and these name everything that stands: it
+    is forgotten as soon as another process appended, or a transaction was undone.
+    """
+
+    def __init__(self) -> None:
+        """Remember nothing yet."""
+        self._known = dict[str, tuple[bytes, dict[str, int]]]()
+
+    def take(self, head: _Head) -> dict[str, int]:
+        """The last versions that are known of this very log, forgotten unless they are kept again."""
+        packed, versions = self._known.pop(head.tenant, (b"", {}))
+        return versions if packed == head.packed else {}
+
+    def keep(self, head: _Head, versions: dict[str, int]) -> None:
+        """Remember them at this head."""
+        if len(self._known) >= LOGS:
+            self._known.clear()
+        if len(versions) <= TAILS:
+            self._known[head.tenant] = head.packed, versions
 
 
 class LedgerStore:
@@ -83,6 +113,7 @@ class LedgerStore:
         self._database = database
         self._heed = heed
         self._clock = clock
+        self._tails = Tails()
 
     async def append(self, wish: Append) -> Appended:
         """Append at a version, or learn what stands there."""
@@ -90,7 +121,7 @@ class LedgerStore:
 
     def _append(self, connection: Connection, wishes: Sequence[_Prepared]) -> list[Appended]:
         now = self._clock()
-        answers = _append_all(connection, wishes, now)
+        answers = _append_all(connection, wishes, now, self._tails)
         if self._heed is not None:
             for one, answer in zip(wishes, answers, strict=True):
                 if answer.won:
@@ -103,7 +134,7 @@ class LedgerStore:
 
     async def of_run(self, tenant: str, workflow_id: str) -> tuple[Event, ...]:
         """Everything that happened in a run, in the order of the log."""
-        wanted = (EVENT.c.log_id == tenant) & (EVENT.c.correlation_id == workflow_id)
+        wanted = in_runs(tenant, [workflow_id])
         return await self._events(
             select(EVENT.c.envelope, EVENT.c.leaf_hash).where(wanted).order_by(EVENT.c.seq)
         )
@@ -125,13 +156,25 @@ class LedgerStore:
         )
 
 
+def in_runs(tenant: str, names: Collection[str]) -> ColumnElement[bool]:
+    """Which events belong to these runs. Those in a run's own stream are found by the stream.
+
+    A list of places, since with an order asked for SQLite would rather read the whole log than sort a run.
+    """
+    one = EVENT.alias()
+    own, place = one.c.correlation_id == one.c.stream, select(one.c.seq).where(one.c.log_id == tenant)
+    by_stream = place.where(one.c.stream.in_(names), own)
+    by_run = place.where(one.c.correlation_id.in_(names), ~own)
+    return (EVENT.c.log_id == tenant) & EVENT.c.seq.in_(union_all(by_stream, by_run))
+
+
 def append_in(connection: Connection, wish: Append, now: datetime) -> Appended:
     """Append all drafts after `expected`, or return what stands from there on.
 
     Raises:
         LedgerBroken: the stream is shorter than the writer knows it to be.
     """
-    return _append_all(connection, [_prepare(wish)], now)[0]
+    return _append_all(connection, [_prepare(wish)], now, Tails())[0]
 
 
 def add_in(connection: Connection, tenant: str, draft: Draft, now: datetime) -> None:
@@ -170,7 +213,8 @@ def entries_in(connection: Connection, tenant: str, stream: str, after: int = 0)
 
 def _prepare(wish: Append) -> _Prepared:
     texts = wish.comment or wish.keep
-    return _Prepared(wish, None if texts else [write(wish.tenant, draft) for draft in wish.drafts])
+    written = None if texts else [write(wish.tenant, draft) for draft in wish.drafts]
+    return _Prepared(wish, wish.stream, wish.expected, written)
 
 
 def _withheld(connection: Connection, wish: Append) -> _Prepared:
@@ -178,7 +222,9 @@ def _withheld(connection: Connection, wish: Append) -> _Prepared:
     return _prepare(wish.model_copy(update={"drafts": drafts}))
 
 
-def _append_all(connection: Connection, wishes: Sequence[_Prepared], now: datetime) -> list[Appended]:
+def _append_all(
+    connection: Connection, wishes: Sequence[_Prepared], now: datetime, tails: Tails
+) -> list[Appended]:
     """Append each wish, in as few statements as there are tables."""
     if home_of(connection) is not None:
         wishes = [_withheld(connection, one.wish) for one in wishes]
@@ -186,28 +232,36 @@ def _append_all(connection: Connection, wishes: Sequence[_Prepared], now: dateti
     # Everybody takes the heads of several logs in one order, so that nobody waits for each other.
     for tenant in sorted({one.wish.tenant for one in wishes}):
         own = {place: one for place, one in enumerate(wishes) if one.wish.tenant == tenant}
-        answers |= _append_to(connection, tenant, own, now)
+        told = _append_to(connection, _lock(connection, tenant), list(own.values()), now, tails)
+        answers |= zip(own, told, strict=True)
     return [answers[place] for place in range(len(wishes))]
 
 
 def _append_to(
-    connection: Connection, tenant: str, wishes: dict[int, _Prepared], now: datetime
-) -> dict[int, Appended]:
-    head = _lock(connection, tenant)
-    last = _last_versions(connection, tenant, {one.wish.stream for one in wishes.values()})
-    fresh, late, rows = list[int](), list[int](), list[tuple[Written, int]]()
-    for place, prepared in wishes.items():
-        wish = prepared.wish
-        if last[wish.stream] != wish.expected:
-            late.append(place)
+    connection: Connection, head: _Head, wishes: Sequence[_Prepared], now: datetime, tails: Tails
+) -> list[Appended]:
+    last = tails.take(head)
+    if unknown := {one.stream for one in wishes}.difference(last):
+        last |= _last_versions(connection, head.tenant, unknown)
+    won, rows = list[bool](), list[tuple[Written, int]]()
+    for one in wishes:
+        version = one.expected
+        won.append(last[one.stream] == version)
+        if not won[-1]:
             continue
-        fresh.append(place)
-        written = prepared.written or _with_texts(connection, wish)
-        rows += [(one, wish.expected + number) for number, one in enumerate(written, 1)]
-        last[wish.stream] += len(written)
-    _insert(connection, head, rows, now)
-    answers = {place: _won(connection, wishes[place].wish) for place in fresh}
-    return answers | {place: _standing(connection, wishes[place].wish) for place in late}
+        for written in one.written or _with_texts(connection, one.wish):
+            version += 1
+            rows.append((written, version))
+        last[one.stream] = version
+    tails.keep(_insert(connection, head, rows, now), last)
+    return [
+        _WON if first and one.written else _told(connection, one.wish, first)
+        for first, one in zip(won, wishes, strict=True)
+    ]
+
+
+def _told(connection: Connection, wish: Append, won: bool) -> Appended:
+    return _won(connection, wish) if won else _standing(connection, wish)
 
 
 def _standing(connection: Connection, wish: Append) -> Appended:
@@ -258,10 +312,14 @@ def _lock(connection: Connection, tenant: str) -> _Head:
         connection.execute(fresh.on_conflict_do_nothing())
         rows = _HEAD.rows(connection, {"log": tenant})
     size, peaks = rows[0]
+    return _Head(tenant, size, bytes(peaks))
+
+
+def _peaks(head: _Head) -> list[bytes]:
     try:
-        return _Head(tenant, size, unpack(size, bytes(peaks)))
+        return unpack(head.size, head.packed)
     except ValueError as error:
-        raise LedgerBroken(f"the head of log {tenant}: {error}; restore the database") from None
+        raise LedgerBroken(f"the head of log {head.tenant}: {error}; restore the database") from None
 
 
 def _last_version(connection: Connection, tenant: str, stream: str) -> int:
@@ -277,22 +335,25 @@ def _last_versions(connection: Connection, tenant: str, streams: set[str]) -> di
 
 def _insert(
     connection: Connection, head: _Head, written: Sequence[tuple[Written, int]], now: datetime
-) -> None:
+) -> _Head:
     """Write events at their versions, the subtrees they complete, and the new head."""
     if not written:
-        return
-    log, moment, micros = head.tenant, now.isoformat(), to_micros(now)
+        return head
+    log, moment, micros, known = head.tenant, now.isoformat(), to_micros(now), _peaks(head)
     rows, leaves = list[tuple[Any, ...]](), list[bytes]()
     for seq, (one, version) in enumerate(written, head.size + 1):
         draft, envelope = one.draft, one.at(seq, version, moment)
-        leaves.append(leaf := leaf_hash(envelope))
+        leaf = leaf_hash(envelope)
+        leaves.append(leaf)
         # In the order of the table's columns.
-        place = (log, seq, draft.event_id, draft.stream, version, draft.type.value, draft.correlation_id)
+        place = (log, seq, draft.event_id, draft.stream, version, str(draft.type), draft.correlation_id)
         rows.append((*place, micros, envelope, leaf.hex()))
-    peaks, nodes = extend(head.size, head.peaks, leaves)
+    peaks, nodes = extend(head.size, known, leaves)
+    grown = _Head(log, head.size + len(rows), pack(peaks))
     _ADD_EVENTS.run(connection, rows)
-    _ADD_NODES.run(connection, [(log, node.level, node.index, node.hash) for node in nodes])
-    _GROW.run(connection, {"log": log, "new_size": head.size + len(rows), "new_peaks": pack(peaks)})
+    _ADD_NODES.run(connection, [(log, *node) for node in nodes])
+    _GROW.run(connection, {"log": log, "new_size": grown.size, "new_peaks": grown.packed})
+    return grown
 
 
 def _read(envelope: bytes, hashed: str) -> Event:

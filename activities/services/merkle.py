@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 LEAF_PREFIX = b"\x00"
 NODE_PREFIX = b"\x01"
@@ -18,12 +18,11 @@ Subtree = Callable[[int, int], bytes]
 """The hash of a complete subtree by level and index."""
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A complete subtree above the leaves."""
 
     level: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     hash: bytes
 
 
@@ -41,13 +40,11 @@ def extend(size: int, peaks: Iterable[bytes], leaves: Iterable[bytes]) -> tuple[
     """The peaks after more leaves, and the subtrees that these leaves completed, in order."""
     stack, nodes = list(peaks), list[Node]()
     for position, leaf in enumerate(leaves, start=size):
-        stack.append(leaf)
-        level, index = 0, position
+        level, index, node = 0, position, leaf
         while index & 1:
-            right, left = stack.pop(), stack.pop()
-            level, index = level + 1, index >> 1
-            stack.append(node_hash(left, right))
-            nodes.append(Node(level, index, stack[-1]))
+            level, index, node = level + 1, index >> 1, node_hash(stack.pop(), node)
+            nodes.append(Node(level, index, node))
+        stack.append(node)
     return stack, nodes
 
 

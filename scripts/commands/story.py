@@ -17,7 +17,7 @@ from activities.services.claims import CLAIM
 from activities.services.content import BLOB
 from activities.services.database import from_micros
 from activities.services.discreet import names_of, text_reader
-from activities.services.ledger_store import EVENT
+from activities.services.ledger_store import EVENT, in_runs
 from activities.services.vectors import MEMORY
 from models.beliefs import PREFIX, Belief, difference
 from models.canonical import subject_id
@@ -128,8 +128,8 @@ def _remembered(connection: Connection, tenant: str, subject: str) -> tuple[list
     names = {row.source_event for row in rows} | {row.source for row in rows}
     changes = select(SNAPSHOT.c.event_id).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)
     names |= set(connection.execute(changes).scalars())
-    named = or_(EVENT.c.event_id.in_(names), EVENT.c.correlation_id.in_(names))
-    runs = select(EVENT.c.correlation_id).where(EVENT.c.log_id == tenant, named).distinct()
+    named, runs = (EVENT.c.log_id == tenant) & EVENT.c.event_id.in_(names), select(EVENT.c.correlation_id)
+    runs = runs.where(named).union(runs.where(in_runs(tenant, names)))
     moments = [
         Moment(
             at=from_micros(row.recorded_at),
