@@ -12,6 +12,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.budget import Budget, same_scope
 from models.channels import ChannelSettings, mistake
+from models.cosigners import CosignerSettings
 from models.inference import DataClass
 from models.knowledge import PrewarmSettings
 from models.loop import Assurance, Frozen, Name
@@ -197,6 +198,17 @@ class LedgerSettings(Frozen):
     """How long an event may stand without a witness; before an irreversible effect none does."""
     witnesses: tuple[str, ...] = ("file:witness",)
     """`file:FOLDER` or `git:BARE_REPOSITORY`, relative to the data folder; best on another machine."""
+    cosigners: tuple[CosignerSettings, ...] = ()
+    """Who is asked to cosign every checkpoint."""
+    cosigners_needed: int | None = Field(default=None, ge=0, validate_default=True)
+    """How many of them must have before an irreversible effect; `None` is all."""
+
+    @field_validator("cosigners_needed")
+    @classmethod
+    def _needed_are_there(cls, needed: int | None, info: ValidationInfo) -> int | None:
+        if needed is not None and needed > len(info.data.get("cosigners", ())):
+            raise _refused("there are not that many ledger.cosigners; name more of them, or ask for fewer")
+        return needed
 
 
 class KeySettings(Frozen):

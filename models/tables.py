@@ -44,6 +44,17 @@ class Checkpoint(SQLModel, table=True):
     """Name and key hash of the signer, as in the note."""
 
 
+class Cosignature(SQLModel, table=True):
+    """A line by which somebody else vouches for a checkpoint; written once."""
+
+    __tablename__ = "cosignature"  # pyright: ignore[reportAssignmentType]
+    log_id: str = Field(primary_key=True)
+    size: int = Field(primary_key=True, sa_type=BIG)
+    key_id: str = Field(primary_key=True)
+    """Name and key hash of the co-signer, as in the line."""
+    line: str
+
+
 class EventRow(SQLModel, table=True):
     """One event. `envelope` holds the canonical bytes that `leaf_hash` names; columns are for search."""
 

@@ -33,6 +33,7 @@ PLACES = {
     "schedules": "schedules",
     "ledger": "ledger",
     "codec": "codec",
+    "witness": "witness",
     "vault": "vault",
     "route": "route",
     "memory": "memory",

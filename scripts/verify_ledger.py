@@ -5,10 +5,10 @@
     verify_ledger.py proof FILE --key KEY                        a proof that one event stands in the log
 
 KEY is what `countersign ledger key` prints, from where you trust it; repeat it for each key that signed.
-NOTE is a file with a checkpoint kept outside. Exit 0: sound. 1: tampered, with the first bad event. 2: not
-to be told, something is missing. The tree is that of RFC 9162. The verdicts before an effect must be enough
-under the gate of its intent, and what is gone must have been ordered to go. An export is one JSON object a
-line:
+NOTE is a file with a checkpoint kept outside; --witness-key KEY wants one that a co-signer cosigned. Exit 0:
+sound. 1: tampered, with the first bad event. 2: not to be told, something is missing. The tree is that of RFC
+9162. The verdicts before an effect must be enough under the gate of its intent, and what is gone must have
+been ordered to go. An export is one JSON object a line:
 
     {"format", "origin", "tenant", "size", "root"}   first
     {"intent": SHA-256, "data_base64"}               what people were asked, before the event that names it
@@ -37,6 +37,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 Plain = dict[str, Any]
 Run = dict[str, set[Any]]  # digests and action keys, by what they have in common
 Verdicts = list[tuple[Plain, str]]
+Others = tuple[list["Key"], int]  # co-signers, and how many of them are needed
+NOBODY: Others = ([], 0)
 FORMAT = "countersign-ledger/1"
 NAMES = {
     **{"id": "event_id", "subject": "stream", "time": "recorded_at", "sequence": "seq"},
@@ -70,28 +72,34 @@ def is_included(leaf: bytes, index: int, size: int, path: list[bytes], root: byt
 
 
 class Key:
-    """A key that signs notes under a name."""
+    """A key that signs notes under a name, or one that cosigns them, at a time (C2SP tlog-cosignature)."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text.strip()
+    def __init__(self, text: str, kind: bytes = b"\x01") -> None:
+        self.text, self.cosigns = text.strip(), kind == b"\x04"
         self.name, short, encoded = text.strip().split("+", 2)
-        data = b64decode(encoded, validate=True)
-        self.hash = hashlib.sha256(self.name.encode() + b"\n" + data).digest()[:4]
-        if data[:1] != b"\x01" or len(data) != 33 or self.hash.hex() != short:
-            raise ValueError(f"{text}: is no Ed25519 key in the form NAME+HASH+BASE64")
-        self.public = Ed25519PublicKey.from_public_bytes(data[1:])
+        self.raw = b64decode(encoded, validate=True)
+        self.hash = hashlib.sha256(self.name.encode() + b"\n" + self.raw).digest()[:4]
+        if self.raw[:1] != kind or len(self.raw) != 33 or self.hash.hex() != short:
+            raise ValueError(f"{text}: is no Ed25519 key for this in the form NAME+HASH+BASE64")
+        self.public = Ed25519PublicKey.from_public_bytes(self.raw[1:])
+
+    def claims(self, line: str) -> bytes:
+        """What a line that says it is this key's encodes; empty if it does not say so."""
+        try:
+            data = b64decode(line.removeprefix(f"— {self.name} "), validate=True)
+        except ValueError:
+            return b""
+        return data if data[:4] == self.hash else b""
 
     def signed(self, text: str, line: str) -> bool:
         """Whether a signature line is this key's, over this text."""
-        start = f"— {self.name} "
-        if not line.startswith(start):
-            return False
+        data = self.claims(line)
+        time = f"cosignature/v1\ntime {int.from_bytes(data[4:12])}\n" if self.cosigns else ""
         try:
-            data = b64decode(line[len(start) :], validate=True)
-            self.public.verify(data[4:], text.encode())
-        except (ValueError, InvalidSignature):
+            self.public.verify(data[12 if self.cosigns else 4 :], f"{time}{text}".encode())
+        except InvalidSignature:
             return False
-        return data[:4] == self.hash and b64encode(data).decode() == line[len(start) :]
+        return f"— {self.name} {b64encode(data).decode()}" == line
 
 
 def successors(body: Plain, keys: list[Key]) -> list[Key]:
@@ -116,6 +124,15 @@ def is_signed(note: str, keys: list[Key]) -> bool:
     text, _, signatures = note.partition("\n\n")
     *lines, last = signatures.split("\n")
     return last == "" and any(key.signed(f"{text}\n", line) for line in lines for key in keys)
+
+
+def cosigners(note: str, keys: list[Key]) -> tuple[int, list[str]]:
+    """How many of the co-signers cosigned a note, and whose cosignature under it is not theirs."""
+    text, _, rest = note.partition("\n\n")
+    said = [
+        (key, key.signed(f"{text}\n", one)) for key in keys for one in rest.split("\n") if key.claims(one)
+    ]
+    return len({key.raw for key, good in said if good}), [key.name for key, good in said if not good]
 
 
 def alone(intent: Plain) -> bool:
@@ -192,9 +209,9 @@ def passed(intent: Plain, verdicts: Verdicts) -> bool:
         if verdict["kind"] == "approve" and verdict.get("break_glass"):
             if broken(intent, verdict):
                 return True
+        elif not sure(gate, verdict):
+            continue
         elif verdict["kind"] == "approve" and verdict["approver"].casefold() not in wanting:
-            if not sure(gate, verdict):
-                continue
             approved[verdict["approver"].casefold()] = verdict.get("role")
             if len(approved) >= gate["approvals"] and set(approved.values()) >= set(gate["roles"]):
                 return True
@@ -354,8 +371,9 @@ class Conduct:
 class Check:
     """One pass over an export."""
 
-    def __init__(self, keys: list[Key], old: list[str]) -> None:
-        self.keys, self.old = list(keys), [read_note(note) for note in old]
+    def __init__(self, keys: list[Key], old: list[str], others: Others = NOBODY) -> None:
+        self.keys, self.old = list(keys), [(*read_note(note), note) for note in old]
+        (self.others, self.needed), self.cosigned = others, 0
         self.wrong: list[tuple[int, str]] = []
         self.gaps: list[str] = []
         self.header: Plain | None = None
@@ -387,7 +405,7 @@ class Check:
             if self.header is not None or self.size or plain["format"] != FORMAT:
                 self._find(f"a second beginning, or one that is not {FORMAT}")
             self.header = plain
-            for origin in {origin for origin, _, _ in self.old} - {plain["origin"]}:
+            for origin in {origin for origin, *_ in self.old} - {plain["origin"]}:
                 self._find(f"the log calls itself {plain['origin']}, the note given is of {origin}", 0)
         elif "intent" in plain:
             data = b64decode(plain["data_base64"], validate=True)
@@ -422,9 +440,10 @@ class Check:
             self._find("a key that is trusted did not sign who follows it", seq)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._find(f"the event cannot be read: {type(error).__name__}", seq)
-        for _, size, root in self.old:
+        for _, size, root, note in self.old:
             if size == seq and self._matches(size, root, "the note given"):
                 self.witnessed = max(self.witnessed, size)
+                self._vouched(size, note)
 
     def _order(self, event: Plain, seq: int, tenant: str) -> list[str]:
         stream, version, last = event["stream"], event["version"], self.versions.get(event["stream"], 0)
@@ -448,6 +467,13 @@ class Check:
             self._find(f"the checkpoint of {size} events is signed by none of the keys given")
         elif self._matches(size, root, "the checkpoint") and self.keys:
             self.signed = size
+            self._vouched(size, text)
+
+    def _vouched(self, size: int, note: str) -> None:
+        many, forged = cosigners(note, self.others)
+        for name in forged:
+            self._find(f"{name} did not make the cosignature under the checkpoint of {size} events", size)
+        self.cosigned = max(self.cosigned, size) if self.others and many >= self.needed else self.cosigned
 
     def _matches(self, size: int, root: bytes, whose: str) -> bool:
         if root == root_of(self.peaks):
@@ -460,7 +486,7 @@ class Check:
     def end(self) -> None:
         """What only the end shows."""
         header, root = self.header, b64encode(root_of(self.peaks)).decode()
-        for size in (size for _, size, _ in self.old if size > self.size):
+        for size in (size for _, size, *_ in self.old if size > self.size):
             self._find(f"the log ends at {self.size}, the note given covers {size}: it was cut")
         if header is None:
             self.gaps.append("the export has no beginning")
@@ -471,6 +497,8 @@ class Check:
             self.gaps.append("no key was given, so nobody vouches for the log")
         elif self.size and not self.signed and not self.witnessed:
             self.gaps.append("no checkpoint has been signed yet")
+        if self.others and self.size and not self.cosigned:
+            self.gaps.append(f"no checkpoint has cosignatures by {self.needed} of the co-signers given")
         self.gaps += [f"the bytes of intent {d} are missing" for d in sorted(self.conduct.missing)]
 
 
@@ -486,9 +514,9 @@ def expected(event: Plain, leaf: bytes, envelope: bytes, tenant: str) -> Plain:
     }
 
 
-def check_export(path: str, keys: list[Key], old: list[str]) -> tuple[int, Plain]:
+def check_export(path: str, keys: list[Key], old: list[str], others: Others = NOBODY) -> tuple[int, Plain]:
     """Check a whole export."""
-    check, began = Check(keys, old), time.perf_counter()
+    check, began = Check(keys, old, others), time.perf_counter()
     with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             check.line(line)
@@ -499,6 +527,7 @@ def check_export(path: str, keys: list[Key], old: list[str]) -> tuple[int, Plain
         "root": root_of(check.peaks).hex(),
         "signed": check.signed,
         "witnessed": check.witnessed,
+        "cosigned": check.cosigned,
         "first_bad_event": check.wrong[0][0] if check.wrong else None,
         "findings": [f"event {seq}: {what}" for seq, what in check.wrong[:20]],
         "gaps": check.gaps[:20],
@@ -506,7 +535,7 @@ def check_export(path: str, keys: list[Key], old: list[str]) -> tuple[int, Plain
     }
 
 
-def check_proof(path: str, keys: list[Key]) -> tuple[int, Plain]:
+def check_proof(path: str, keys: list[Key], others: Others = NOBODY) -> tuple[int, Plain]:
     """Check that one event stands in a signed log."""
     proof = json.loads(Path(path).read_text("utf-8"))
     began, note, index = time.perf_counter(), proof["checkpoint_note"], proof["leaf_index"]
@@ -520,8 +549,10 @@ def check_proof(path: str, keys: list[Key]) -> tuple[int, Plain]:
         (event["seq"] != index + 1, "the event does not stand where the proof says"),
         (keys and not is_signed(note, keys), "the checkpoint is signed by none of the keys given"),
     )
-    wrong = [what for is_so, what in reasons if is_so]
+    many, forged = cosigners(note, others[0])
+    wrong = [what for is_so, what in reasons if is_so] + [f"{one} did not cosign it" for one in forged]
     gaps = [] if keys else ["no key was given, so nobody vouches for the checkpoint"]
+    gaps += [f"{many} of {others[1]} co-signers have cosigned the checkpoint"] * (many < others[1])
     code = 1 if wrong else 2 if gaps else 0
     return code, {"event": event, "findings": wrong, "gaps": gaps, "seconds": time.perf_counter() - began}
 
@@ -533,12 +564,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("file")
     parser.add_argument("--key", action="append", default=[], help="NAME+HASH+BASE64")
     parser.add_argument("--checkpoint", action="append", default=[], help="a file with a note kept outside")
+    parser.add_argument("--witness-key", action="append", default=[], help="a co-signer, NAME+HASH+BASE64")
+    parser.add_argument("--witnesses", type=int, help="how many of them must have cosigned; default: all")
     options = parser.parse_args(argv)
     try:
         keys = [Key(text) for text in options.key]
-        notes = [Path(one).read_text("utf-8") for one in options.checkpoint]
-        proof = options.what == "proof"
-        code, report = check_proof(options.file, keys) if proof else check_export(options.file, keys, notes)
+        others = [Key(text, b"\x04") for text in options.witness_key]
+        there = len({key.raw for key in others})
+        given = others, there if options.witnesses is None else options.witnesses
+        if not min(there, 1) <= given[1] <= there:
+            raise ValueError(f"--witnesses {given[1]}: {there} keys are given")
+        if options.what == "proof":
+            code, report = check_proof(options.file, keys, given)
+        else:
+            notes = [Path(one).read_text("utf-8") for one in options.checkpoint]
+            code, report = check_export(options.file, keys, notes, given)
     except (OSError, ValueError, KeyError, TypeError) as error:
         code, report = 2, {"gaps": [f"{type(error).__name__}: {error}"]}
     report = {"status": ("sound", "tampered", "incomplete")[code]} | report

@@ -46,6 +46,7 @@ from activities.services.calibration import Calibrations
 from activities.services.checkpoints import Checkpoints, keep_signing, load_key
 from activities.services.claims import Claims
 from activities.services.content import ContentStore
+from activities.services.cosigning import RemoteCosigner
 from activities.services.database import Database
 from activities.services.identities import Identities
 from activities.services.indexing import keep_indexed, keep_swept
@@ -384,7 +385,9 @@ class _Composer:
         # A connection of its own: signing is no step of a run, and does not wait behind those that are.
         database = Database(self._settings.database_url)
         self._stack.callback(database.close)
-        return Checkpoints(database, load_key(data), ledger.origin, kept_by)
+        asked = [RemoteCosigner(one, utc_now) for one in ledger.cosigners]
+        key, needed = load_key(data), ledger.cosigners_needed
+        return Checkpoints(database, key, ledger.origin, kept_by, asked, needed)
 
     async def _background(self, run: Callable[..., Any], *arguments: Any) -> None:
         stop = asyncio.Event()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import uuid
 from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import DBAPIError
 
 from activities.services import merkle
+from activities.services.cosignatures import with_lines
+from activities.services.cosigning import Alert, Cosigning, RemoteCosigner, cosignatures
 from activities.services.database import Database, insert_for
+from activities.services.key_files import private_key
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.witnesses import Witness
@@ -46,19 +47,33 @@ class Written:
     key: NoteKey
     kept_by: tuple[str, ...] = ()
     missed_by: tuple[str, ...] = ()
+    cosigned_by: tuple[str, ...] = ()
+    alerts: tuple[Alert, ...] = ()
+    """What is wrong with co-signers, or what they say is wrong with the log."""
 
 
 class Checkpoints:
     """Signs the logs of one database."""
 
     def __init__(
-        self, database: Database, private: Ed25519PrivateKey, origin: str, witnesses: Sequence[Witness] = ()
+        self,
+        database: Database,
+        private: Ed25519PrivateKey,
+        origin: str,
+        witnesses: Sequence[Witness] = (),
+        cosigners: Sequence[RemoteCosigner] = (),
+        needed: int | None = None,
     ) -> None:
-        """`origin` and the tenant name the log and its key; see `load_key`."""
+        """`origin` and the tenant name the log and its key; see `load_key`.
+
+        Of the co-signers `needed` must have cosigned before what cannot be taken back; `None` is all.
+        """
         self._database = database
         self._private = private
         self._origin = origin
         self._witnesses = tuple(witnesses)
+        self._cosigning = Cosigning(database, cosigners)
+        self._needed = len(cosigners) if needed is None else needed
 
     def key(self, tenant: str) -> NoteKey:
         """What verifies this log's notes."""
@@ -87,7 +102,12 @@ class Checkpoints:
         await self._database.write(lambda link: _keep(link, tenant, tree, note, key))
         kept = tuple([name for name in await self._send(note, held) if name not in missed])
         missed = tuple(one.name for one in self._witnesses if one.name not in kept)
-        return Written(note, tree.size, key, kept, missed)
+        alerts = await self._cosign(tenant, key, tree, note)
+        cosigned = {one.name for one in self._cosigning.cosigners} - {one.witness for one in alerts}
+        if cosigned:
+            lines = await self._database.read(lambda link: cosignatures(link, tenant, tree.size))
+            note = with_lines(note, lines.get(tree.size, ()))
+        return Written(note, tree.size, key, kept, missed, tuple(sorted(cosigned)), tuple(alerts))
 
     async def newest_witnessed(self, tenant: str) -> tuple[str, ...]:
         """What the witnesses that answer hold of a log."""
@@ -106,6 +126,26 @@ class Checkpoints:
             raise ConnectorUnavailable(
                 f"ledger.witnesses: {missed} has not the checkpoint; mend it, or take it out of the settings"
             )
+        if written is not None and len(written.cosigned_by) < self._needed:
+            why = "; ".join(map(str, written.alerts))
+            raise ConnectorUnavailable(f"ledger.cosigners: {self._needed} have to cosign first; {why}")
+
+    async def _cosign(self, tenant: str, key: NoteKey, tree: Tree, note: str) -> list[Alert]:
+        if not self._cosigning.cosigners:
+            return []
+
+        async def proof(old: int, new: int) -> Sequence[bytes]:
+            return await self._database.read(
+                lambda link: merkle.consistency_proof(old, new, subtrees(link, tenant))
+            )
+
+        async def again() -> tuple[Tree, str]:
+            made = await self._database.read(lambda link: self._sign(link, tenant, key))
+            newer, signed = made if made is not None else (tree, note)
+            await self._database.write(lambda link: _keep(link, tenant, newer, signed, key))
+            return newer, signed
+
+        return await self._cosigning.collect(tenant, tree, note, proof, again)
 
     def _sign(self, link: Connection, tenant: str, key: NoteKey) -> tuple[Tree, str] | None:
         last = last_note(link, tenant)
@@ -172,12 +212,12 @@ def load_key(data: Path) -> Ed25519PrivateKey:
     Raises:
         InvalidInput: others may read it, or it is no Ed25519 key.
     """
-    return _loaded(data / KEY_FILE)
+    return private_key(data / KEY_FILE)
 
 
 def next_key(data: Path) -> Ed25519PrivateKey:
     """The key that is to sign after this one; the same until it takes over, however often it is asked for."""
-    return _loaded(data / NEXT_FILE)
+    return private_key(data / NEXT_FILE)
 
 
 def take_over(data: Path) -> Path:
@@ -188,17 +228,6 @@ def take_over(data: Path) -> Path:
         os.link(data / KEY_FILE, kept)
     os.replace(data / NEXT_FILE, data / KEY_FILE)
     return kept
-
-
-def _loaded(path: Path) -> Ed25519PrivateKey:
-    if not path.exists():
-        _make_key(path)
-    if path.stat().st_mode & 0o077:
-        raise InvalidInput.field("key", str(path), "others can read it; make a new one, or chmod 600 it")
-    private = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    if not isinstance(private, Ed25519PrivateKey):
-        raise InvalidInput.field("key", str(path), "it is no Ed25519 key; move it away to get a new one")
-    return private
 
 
 def tree_of(link: Connection, tenant: str, origin: str) -> Tree:
@@ -293,22 +322,3 @@ def _keep(link: Connection, tenant: str, tree: Tree, note: str, key: NoteKey) ->
     insert = insert_for(link.dialect.name)
     row = {"log_id": tenant, "size": tree.size, "root": tree.root, "note": note, "key_id": key.key_id}
     link.execute(insert(CHECKPOINT).values(**row).on_conflict_do_nothing())
-
-
-def _make_key(path: Path) -> None:
-    """Made aside and linked into place: of several processes, one wins, the others use its key."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    pem = Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
-            file.flush()
-            os.fsync(file.fileno())
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    finally:
-        aside.unlink()

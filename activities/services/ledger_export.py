@@ -18,6 +18,8 @@ from sqlalchemy import Connection, RowMapping, select
 
 from activities.services.checkpoints import CHECKPOINT, tree_of
 from activities.services.content import BLOB, peek_blob
+from activities.services.cosignatures import with_lines
+from activities.services.cosigning import cosignatures
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import EVENT
 from activities.services.regions import NAMES
@@ -63,7 +65,7 @@ class Leaf:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A checkpoint."""
+    """A checkpoint, with the cosignatures that it has."""
 
     text: str
 
@@ -313,4 +315,5 @@ def _notes(link: Connection, tenant: str) -> dict[int, list[str]]:
         .where(CHECKPOINT.c.log_id == tenant)
         .order_by(CHECKPOINT.c.size)
     )
-    return {row.size: [row.note] for row in rows}
+    cosigned = cosignatures(link, tenant)
+    return {row.size: [with_lines(row.note, cosigned.get(row.size, ()))] for row in rows}

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, func, select
 from activities.services import merkle
 from activities.services.checkpoints import CHECKPOINT
 from activities.services.conduct import Conduct
+from activities.services.cosignatures import WitnessKey, cosigners, forged
 from activities.services.erased import Erased
 from activities.services.key_life import successor
 from activities.services.ledger_export import (
@@ -59,6 +60,8 @@ class Report(Frozen):
     """Events covered by the last checkpoint whose signature holds."""
     witnessed: int
     """Events covered by a note that was given from outside the log."""
+    cosigned: int = 0
+    """Events covered by a checkpoint that enough of the co-signers given have cosigned."""
     findings: tuple[Finding, ...] = ()
     gaps: tuple[str, ...] = ()
     """What could not be checked, and why."""
@@ -72,15 +75,30 @@ class Report(Frozen):
 class Verifier:
     """One pass over one log."""
 
-    def __init__(self, keys: Sequence[NoteKey], old: Sequence[str] = ()) -> None:
-        """`keys` may sign checkpoints; `old` are notes kept outside, which the log must continue."""
+    def __init__(
+        self,
+        keys: Sequence[NoteKey],
+        old: Sequence[str] = (),
+        witnesses: Sequence[WitnessKey] = (),
+        needed: int | None = None,
+    ) -> None:
+        """Take what is trusted.
+
+        Args:
+            keys: who may sign checkpoints.
+            old: notes kept outside, which the log must continue.
+            witnesses: whose cosignatures count.
+            needed: how many of them a checkpoint needs; `None` is all.
+        """
         self._keys = tuple(keys)
-        self._old = [read_checkpoint(note) for note in old]
+        self._old = [(read_checkpoint(note), note) for note in old]
+        self._witnesses = tuple(witnesses)
+        self._needed = _of_all(witnesses, needed)
         self._findings = list[Finding]()
         self._gaps = dict[str, None]()
         self._peaks = list[bytes]()
         self._size = 0
-        self._signed = self._witnessed = 0
+        self._signed = self._witnessed = self._cosigned = 0
         self._matched = 0
         self._header: Header | None = None
         self._versions = dict[str, int]()
@@ -94,6 +112,8 @@ class Verifier:
         for item in items:
             self._take(item)
         self._end()
+        for digest in sorted(self._conduct.missing):
+            self._gaps[f"the bytes of intent {digest} are missing, so its gate was not checked"] = None
         self._findings.extend(more)
         self._findings.sort(key=lambda one: one.seq)
         return Report(
@@ -102,6 +122,7 @@ class Verifier:
             root=merkle.root_of(self._peaks).hex(),
             signed=self._signed,
             witnessed=self._witnessed,
+            cosigned=self._cosigned,
             findings=tuple(self._findings[:MANY]),
             gaps=tuple(self._gaps),
         )
@@ -137,7 +158,7 @@ class Verifier:
         if self._header is not None or self._size:
             self._find("a second beginning stands in the middle")
         self._header = header
-        for tree in self._old:
+        for tree, _ in self._old:
             if tree.origin != header.origin:
                 self._find(f"the log calls itself {header.origin}, the note given is of {tree.origin}", seq=0)
 
@@ -160,9 +181,10 @@ class Verifier:
             for what in (*self._beside(leaf, event), *self._order(event), *self._judged(event)):
                 self._find(what, seq, event.event_id)
         self._size = seq
-        for tree in self._old:
+        for tree, note in self._old:
             if tree.size == seq:
-                self._matches(tree, "the note given")
+                if self._matches(tree, "the note given"):
+                    self._vouched(tree, note)
                 self._witnessed = max(self._witnessed, seq)
 
     def _beside(self, leaf: Leaf, event: Event) -> Iterator[str]:
@@ -215,6 +237,17 @@ class Verifier:
             self._find(f"the checkpoint of {tree.size} events is signed by none of the keys given")
         elif self._matches(tree, "the checkpoint") and self._keys:
             self._signed = tree.size
+            self._vouched(tree, text)
+
+    def _vouched(self, tree: Tree, note: str) -> None:
+        """Who else has cosigned it, and who is only said to have."""
+        if not self._witnesses:
+            return
+        for name in forged(note, self._witnesses):
+            what = f"{name} did not make the cosignature under the checkpoint of {tree.size} events"
+            self._find(what, tree.size)
+        if len(cosigners(note, self._witnesses)) >= self._needed:
+            self._cosigned = max(self._cosigned, tree.size)
 
     def _matches(self, tree: Tree, whose: str) -> bool:
         if merkle.root_of(self._peaks) == tree.root:
@@ -225,7 +258,7 @@ class Verifier:
         return False
 
     def _end(self) -> None:
-        for tree in self._old:
+        for tree, _ in self._old:
             if tree.size > self._size:
                 self._find(f"the log ends at {self._size}, the note given covers {tree.size}: it was cut")
         header = self._header
@@ -241,15 +274,31 @@ class Verifier:
             self._gaps["no key was given, so nobody vouches for the log"] = None
         elif self._size and not self._signed and not self._witnessed:
             self._gaps["no checkpoint has been signed yet; wait for one"] = None
-        for digest in sorted(self._conduct.missing):
-            self._gaps[f"the bytes of intent {digest} are missing, so its gate was not checked"] = None
+        if self._witnesses and self._size and not self._cosigned:
+            many = f"{self._needed} of the {len(self._witnesses)}"
+            self._gaps[f"no checkpoint has cosignatures by {many} co-signers given"] = None
 
 
 def check_database(
-    link: Connection, tenant: str, origin: str, keys: Sequence[NoteKey], old: Sequence[str]
+    link: Connection,
+    tenant: str,
+    origin: str,
+    keys: Sequence[NoteKey],
+    old: Sequence[str],
+    witnesses: Sequence[WitnessKey] = (),
+    needed: int | None = None,
 ) -> Report:
     """Check a log where it lives, with everything that stands beside its events."""
-    return Verifier(keys, old).check(of_database(link, tenant, origin), check_rows(link, tenant))
+    verifier = Verifier(keys, old, witnesses, needed)
+    return verifier.check(of_database(link, tenant, origin), check_rows(link, tenant))
+
+
+def _of_all(witnesses: Sequence[WitnessKey], needed: int | None) -> int:
+    """How many must have cosigned; one key under two names is one."""
+    there = len({key.public for key in witnesses})
+    if needed is not None and not (1 <= needed <= there):
+        raise InvalidInput.field("witnesses", needed, f"{there} keys are given; ask for one to all of them")
+    return there if needed is None else needed
 
 
 def check_rows(link: Connection, tenant: str) -> Iterator[Finding]:

@@ -8,23 +8,26 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from sqlalchemy import Connection
 
 from activities.services.checkpoints import (
     Checkpoints,
+    Written,
     last_note,
     load_key,
     next_key,
     proof_of,
     take_over,
 )
+from activities.services.cosignatures import WitnessKey, with_lines
+from activities.services.cosigning import RemoteCosigner, cosignatures
 from activities.services.key_life import handed_over, log_rotation, predecessors
 from activities.services.ledger_export import Item, of_database, of_lines, to_lines
 from activities.services.ledger_formats import to_ocsf, to_prov
-from activities.services.notes import NoteKey
+from activities.services.notes import NoteKey, read_checkpoint
 from activities.services.verifier import Report, Verifier, check_database
 from activities.services.witnesses import witnesses
 from models.errors import InvalidInput
@@ -58,21 +61,35 @@ Notes = Annotated[
     typer.Option("--checkpoint", help="A file with a checkpoint kept outside; the log must continue it."),
 ]
 
+WitnessKeys = Annotated[
+    list[str] | None,
+    typer.Option("--witness-key", help="A co-signer's key, as `witness key` prints it; again for each."),
+]
+Needed = Annotated[
+    int | None,
+    typer.Option("--witnesses", min=1, help="How many of them must have cosigned; default: all."),
+]
+
 
 def verify(
     export: Annotated[Path | None, typer.Option(help="Check this export instead of the database.")] = None,
     checkpoint: Notes = None,
     key: Keys = None,
+    witness_key: WitnessKeys = None,
+    witnesses: Needed = None,
     as_json: Json = False,
 ) -> None:
     """Check every hash, root, signature and gate. Exit 0 sound, 1 tampered, 2 something is missing."""
     settings = config.load()
     keys = [NoteKey.parse(one) for one in key or ()]
     old = [_text(path) for path in checkpoint or ()]
+    others = [WitnessKey.parse(one) for one in witness_key or ()]
+    if witnesses is not None and not others and (export is not None or not settings.ledger.cosigners):
+        raise InvalidInput.field("--witnesses", witnesses, "give their keys with --witness-key")
     if export is not None:
-        report = Verifier(keys, old).check(_read(export))
+        report = Verifier(keys, old, others, witnesses).check(_read(export))
     else:
-        report = asyncio.run(_verify(settings, keys, old))
+        report = asyncio.run(_verify(settings, keys, old, others, witnesses))
     if as_json:
         said(report.model_dump(mode="json"))
     else:
@@ -96,7 +113,7 @@ def export(
 
 
 def checkpoint(as_json: Json = False) -> None:
-    """Sign the log as it stands now, and hand the note to every witness."""
+    """Sign the log as it stands now, hand the note to every witness, and have it cosigned."""
     asyncio.run(_checkpoint(config.load(), as_json))
 
 
@@ -145,7 +162,13 @@ async def _rotate(settings: Settings, who: str) -> tuple[NoteKey, NoteKey]:
         return before, _key(settings)
 
 
-async def _verify(settings: Settings, keys: list[NoteKey], old: list[str]) -> Report:
+async def _verify(
+    settings: Settings, keys: list[NoteKey], old: list[str], others: list[WitnessKey], needed: int | None
+) -> Report:
+    ledger = settings.ledger
+    if not others:
+        others = [WitnessKey.parse(one.key) for one in ledger.cosigners]
+        needed = needed or ledger.cosigners_needed or None
     async with opened(settings) as session:
         signer = _signer(session)
         now = signer.key(session.tenant)
@@ -153,7 +176,9 @@ async def _verify(settings: Settings, keys: list[NoteKey], old: list[str]) -> Re
         keys = keys or [now, *before]
         old = old or list(await signer.newest_witnessed(session.tenant))
         tenant, origin = session.tenant, _key(settings).name
-        return await session.database.read(lambda link: check_database(link, tenant, origin, keys, old))
+        return await session.database.read(
+            lambda link: check_database(link, tenant, origin, keys, old, others, needed)
+        )
 
 
 async def _prove(settings: Settings, event: str) -> None:
@@ -164,6 +189,9 @@ async def _prove(settings: Settings, event: str) -> None:
             raise InvalidInput.field(
                 "event", event, "nothing is signed yet; run `countersign ledger checkpoint`"
             )
+        size = read_checkpoint(note).size
+        lines = await session.database.read(lambda link: cosignatures(link, tenant, size))
+        note = with_lines(note, lines.get(size, ()))
         said(await session.database.read(lambda link: proof_of(link, tenant, event, note, public)))
 
 
@@ -180,20 +208,29 @@ async def _checkpoint(settings: Settings, as_json: bool) -> None:
         if written is None:
             typer.echo("the log is empty; there is nothing to sign", err=True)
         elif as_json:
-            kept, missed = list(written.kept_by), list(written.missed_by)
-            said({"note": written.note, "size": written.size, "kept_by": kept, "missed_by": missed})
+            said(_made(written))
         else:
             typer.echo(written.note, nl=False)
-            typer.echo(f"kept by: {', '.join(written.kept_by) or 'no witness'}", err=True)
-        if written is not None and written.missed_by:
-            typer.echo(f"not kept by: {', '.join(written.missed_by)}", err=True)
+            by = (*written.kept_by, *written.cosigned_by)
+            typer.echo(f"kept by: {', '.join(by) or 'no witness'}", err=True)
+        if written is not None and (written.missed_by or written.alerts):
+            for alert in (*(f"not kept by: {name}" for name in written.missed_by), *written.alerts):
+                typer.echo(str(alert), err=True)
             raise typer.Exit(3)
+
+
+def _made(written: Written) -> dict[str, Any]:
+    alerts = [{"kind": one.kind, "witness": one.witness, "text": one.text} for one in written.alerts]
+    names = ("note", "size", "kept_by", "missed_by", "cosigned_by")
+    return {name: getattr(written, name) for name in names} | {"alerts": alerts}
 
 
 def _signer(session: Session) -> Checkpoints:
     ledger, data = session.settings.ledger, session.settings.data
     kept_by = witnesses(ledger.witnesses, data, utc_now)
-    return Checkpoints(session.database, load_key(data), ledger.origin, kept_by)
+    asked = [RemoteCosigner(one, utc_now) for one in ledger.cosigners]
+    key, needed = load_key(data), ledger.cosigners_needed
+    return Checkpoints(session.database, key, ledger.origin, kept_by, asked, needed)
 
 
 def _key(settings: Settings) -> NoteKey:
@@ -204,6 +241,8 @@ def _key(settings: Settings) -> NoteKey:
 def _told(report: Report, settings: Settings) -> Iterator[str]:
     yield f"{report.status}: {report.size} events, root {report.root}"
     yield f"signed up to {report.signed}, witnessed outside up to {report.witnessed}"
+    if report.cosigned or settings.ledger.cosigners:
+        yield f"cosigned up to {report.cosigned}"
     if later := report.size - max(report.signed, report.witnessed):
         every = settings.ledger.checkpoint_seconds
         yield f"{later} later events are not covered yet; a checkpoint is written every {every} s"

@@ -1,0 +1,48 @@
+"""Private keys in files that only their owner may read."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from models.errors import InvalidInput
+
+
+def private_key(path: Path) -> Ed25519PrivateKey:
+    """The key in a file; made on first use, readable by its owner only.
+
+    Raises:
+        InvalidInput: others may read it, or it is no Ed25519 key.
+    """
+    if not path.exists():
+        _make_key(path)
+    if path.stat().st_mode & 0o077:
+        raise InvalidInput.field("key", str(path), "others can read it; make a new one, or chmod 600 it")
+    private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(private, Ed25519PrivateKey):
+        raise InvalidInput.field("key", str(path), "it is no Ed25519 key; move it away to get a new one")
+    return private
+
+
+def _make_key(path: Path) -> None:
+    """Made aside and linked into place: of several processes, one wins, the others use its key."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    pem = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(pem)
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        aside.unlink()
