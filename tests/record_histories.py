@@ -37,13 +37,17 @@ from temporal.client import Started, submit
 from tests.conftest import ROLES, a_key, free_port, note, settings_for, stack_of
 from tests.shared import Odd, Shared, odd, policies
 from tests.test_agents_content import BRIEF
+from tests.test_amendments import agrees, proposal_of, settings_with
 from tests.test_calendar import ask, child, editor, remember
+from tests.test_signatures import make_key
 from tests.variants import AGENTS
 from workers.compose import Parts, utc_now
 
 FOLDER = Path(__file__).parent / "histories"
 Flow = Callable[[Shared], Awaitable[Started]]
 FLOWS: dict[str, Flow] = {}
+SIGNING = "ann"
+"""File of the key that signs, in the data folder."""
 IDENTITY = re.compile(r"\d+@[A-Za-z0-9.\-]+")
 
 
@@ -280,6 +284,20 @@ async def content_about_a_subject(shared: Shared) -> Started:
     return run
 
 
+@flow
+async def policy_changed(shared: Shared) -> Started:
+    key = shared.settings.data / SIGNING
+    first = await proposal_of(shared, {"agent": "external", "autonomy": {"automatic": True}})
+    run = await proposal_of(shared, {"agent": "external", "autonomy": {"automatic_up_to": "read_only"}})
+    await agrees(shared, first, key)
+    await first.handle.result()
+    await agrees(shared, run, key)
+    digest = await shared.digest(run, 2)
+    await shared.answer(run, Kind.APPROVE, digest, approver="bob", role="owner")
+    await agrees(shared, run, key)
+    return run
+
+
 async def _raw(shared: Shared, kind: str, *payloads: Any) -> Started:
     handle = await shared.client.start_workflow(
         kind, args=payloads, id=a_key(), task_queue=Queue.DECIDE, result_type=Outcome
@@ -310,7 +328,7 @@ def settings_of(temporal: TemporalSettings, data: Path) -> Settings:
 
 
 @asynccontextmanager
-async def stack(data: Path) -> AsyncGenerator[Shared]:
+async def stack(data: Path, people: bool) -> AsyncGenerator[Shared]:
     """A server and all roles, for as long as the block lasts."""
     temporal = TemporalSettings(address=f"127.0.0.1:{free_port()}", ui_port=free_port(), managed=False)
     with open(data / "log", "wb") as log:
@@ -324,7 +342,11 @@ async def stack(data: Path) -> AsyncGenerator[Shared]:
             endpoints={"large": Scripted("large", editor)},
             connectors=lambda known: {**known, "odd": target},
         )
-        async with stack_of(settings_of(temporal, data), parts, (*ROLES, Role.DESK)) as made:
+        # Where people are named every answer's giver is established first; most flows are of where none are.
+        settings = settings_of(temporal, data)
+        if people:
+            settings = settings_with(temporal, data, make_key(data, SIGNING))
+        async with stack_of(settings, parts, (*ROLES, Role.DESK)) as made:
             yield Shared(made.client, made.settings, made.database, target)
     finally:
         process.terminate()
@@ -346,19 +368,27 @@ def neutral(history: dict[str, Any]) -> str:
 
 async def record(names: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as data:
-        async with stack(Path(data)) as shared:
-            for name in names or list(FLOWS):
-                run = await FLOWS[name](shared)
-                try:
-                    await run.handle.result(follow_runs=False)
-                except WorkflowFailureError:
-                    pass
-                except Exception as error:
-                    assert "ContinuedAsNew" in type(error).__name__, error
-                history = await run.handle.fetch_history()
-                (FOLDER / f"{name}.json").write_text(neutral(history.to_json_dict()))
-                sys.stdout.write(f"{name}: {len(history.events)} events\n")
+    wanted = names or list(FLOWS)
+    for people in (False, True):
+        some = [name for name in wanted if name.startswith("policy_") is people]
+        if some:
+            with tempfile.TemporaryDirectory() as data:
+                async with stack(Path(data), people) as shared:
+                    await record_all(shared, some)
+
+
+async def record_all(shared: Shared, names: list[str]) -> None:
+    for name in names:
+        run = await FLOWS[name](shared)
+        try:
+            await run.handle.result(follow_runs=False)
+        except WorkflowFailureError:
+            pass
+        except Exception as error:
+            assert "ContinuedAsNew" in type(error).__name__, error
+        history = await run.handle.fetch_history()
+        (FOLDER / f"{name}.json").write_text(neutral(history.to_json_dict()))
+        sys.stdout.write(f"{name}: {len(history.events)} events\n")
 
 
 if __name__ == "__main__":
