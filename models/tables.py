@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Index, Integer, LargeBinary, Table, UniqueConstraint
+from sqlalchemy import BigInteger, Index, Integer, LargeBinary, Table, UniqueConstraint, text
 from sqlmodel import Field, SQLModel
 
 BIG = BigInteger().with_variant(Integer, "sqlite")
@@ -62,7 +62,13 @@ class EventRow(SQLModel, table=True):
     __table_args__ = (
         UniqueConstraint("log_id", "stream", "version"),
         UniqueConstraint("log_id", "event_id"),
-        Index("event_by_correlation", "log_id", "correlation_id", "seq"),
+        # What stands in a run's own stream is found by the stream.
+        Index(
+            "event_by_correlation",
+            *("log_id", "correlation_id", "seq"),
+            sqlite_where=text("correlation_id <> stream"),
+            postgresql_where=text("correlation_id <> stream"),
+        ),
     )
     log_id: str = Field(primary_key=True)
     seq: int = Field(primary_key=True, sa_type=BIG)
