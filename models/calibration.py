@@ -3,6 +3,13 @@
 A confidence is worth nothing by itself: it is mapped to the share of answers that were right, by isotonic
 regression, per task and model identity, from verdicts of people and checks of code. With too few judged
 answers there is no map, and nobody guesses one.
+
+What the next model makes of a call is mapped from the first one's confidence too, for what is hard for one is
+harder for the other. Assumed is that whether a call was passed on depends on that confidence and on chance
+(`learn_permille`), so that those passed on at one confidence speak for all at it; where few or none were, a
+line in log-odds reaches across. Which calls began at the next model nobody chose by how hard they were; as
+that is less sure (those which the first one could not take are among them), they weigh no more than those
+that were passed on.
 """
 
 from __future__ import annotations
@@ -12,13 +19,14 @@ import random
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
 from pydantic import Field
 
 from models.inference import TokenChance
+from models.logit import Cell, line, log_odds
 from models.loop import Frozen, Name
 
 WHOLE = 1000
@@ -42,15 +50,18 @@ class Step(Frozen):
     least: int = Field(ge=0, le=WHOLE)
     """The lowest confidence among them, in thousandths."""
     right: int = Field(ge=0)
-    count: int = Field(ge=1)
+    count: int = Field(ge=0)
+    """Without one there is an `expected`."""
     seen: int = Field(ge=1)
     """How many answers sounded like that, judged or not. Whether one is judged depends on its confidence, so
     that the judged ones alone do not say how often a confidence comes."""
+    expected: int | None = Field(default=None, ge=0, le=WHOLE)
+    """The share to expect, in thousandths, where that rests on more than the answers of this step."""
 
     @property
     def permille(self) -> int:
-        """The share that was right."""
-        return self.right * WHOLE // self.count
+        """The share that was right, or is to be expected."""
+        return self.right * WHOLE // self.count if self.expected is None else self.expected
 
 
 Steps = tuple[Step, ...]
@@ -71,8 +82,8 @@ class Fit(Frozen):
     task: Name
     model: str
     after: str | None = None
-    """Another model that answered the same call first, and whose confidence the steps go by: how well this
-    one does with what that one was not sure of."""
+    """Another model that answered the same call first, and whose steps these are: how well this one does
+    with what that one was so sure of."""
     steps: Steps
     count: int
     people: int = 0
@@ -174,8 +185,9 @@ def fits_of(judged: Iterable[Judged], measured: bool = True) -> tuple[Fit, ...]:
     kinds: dict[tuple[str, str, str], list[Judged]] = defaultdict(list)
     for one in judged:
         kinds[one.task, one.model, one.after or ""].append(one)
-    fits = (_fit(*key, kinds[key], measured) for key in sorted(kinds))
-    return tuple(fit for fit in fits if fit is not None)
+    found = ((key, _fit(*key, kinds[key], measured)) for key in sorted(kinds))
+    fits = {key: fit for key, fit in found if fit is not None}
+    return tuple(_after(fit, fits, kinds[key]) for key, fit in fits.items())
 
 
 def odds_of(fits: Iterable[Fit]) -> dict[str, Odds]:
@@ -224,6 +236,37 @@ def _fit(task: str, model: str, after: str, answers: Sequence[Judged], measured:
         blind=len(judged) - len(pairs),
         before=spread(shown),
         held_out=spread(_held_out(shown)),
+    )
+
+
+def _after(fit: Fit, fits: Mapping[tuple[str, str, str], Fit], answers: Iterable[Judged]) -> Fit:
+    """With the chances of one asked second by the steps of the one asked first, where that has any."""
+    low = fits.get((fit.task, fit.after or "", ""))
+    if low is None:
+        return fit
+    alone = fits.get((fit.task, fit.model, ""))
+    pairs = [
+        (one.confidence, one.right) for one in answers if one.confidence is not None and one.right is not None
+    ]
+    return fit.model_copy(update={"steps": _conditional(low.steps, pairs, alone.steps if alone else ())})
+
+
+def _conditional(low: Steps, pairs: Sequence[Pair], alone: Steps) -> Steps:
+    """How often the second is right where the first is that likely to be, a line from one to the other."""
+    told: list[list[bool]] = [[] for _ in low]
+    starts = [step.least for step in low]
+    for said, right in pairs:
+        told[max(0, bisect_right(starts, said) - 1)].append(right)
+    cells = [
+        Cell(log_odds(step.right, step.count), step.seen, sum(rights), len(rights))
+        for step, rights in zip(low, told, strict=True)
+    ]
+    count = sum(step.count for step in alone)
+    weight = min(1.0, len(pairs) / count) if count else 0.0
+    chances = line(cells, weight * sum(step.right for step in alone), weight * count)
+    return tuple(
+        Step(least=step.least, right=sum(rights), count=len(rights), seen=step.seen, expected=_permille(one))
+        for step, rights, one in zip(low, told, chances, strict=True)
     )
 
 
