@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 from temporalio.common import (
@@ -24,6 +28,10 @@ from models.loop import Outcome, Request, body_digest, workflow_id
 from models.settings import TemporalSettings
 from models.visibility import MEMO_BODY, Attribute, Queue, State, queue_of
 from temporal.plugin import CountersignPlugin
+
+T = TypeVar("T")
+AGAIN = 0.05
+"""Seconds after which an update is sent again that was lost with its task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +104,29 @@ async def answer(
     client: Client, run_id: str, kind: Kind, message: dict[str, Any], patience: timedelta
 ) -> Judged:
     """Answer an intent and learn whether it counted."""
-    handle = client.get_workflow_handle(run_id)
-    return await handle.execute_update(
-        f"decide_{kind.value}", message, result_type=Judged, rpc_timeout=patience
+    handle, update = client.get_workflow_handle(run_id), f"answer-{uuid.uuid4()}"
+    return await insisting(
+        lambda: handle.execute_update(
+            f"decide_{kind.value}", message, id=update, result_type=Judged, rpc_timeout=patience
+        ),
+        patience,
     )
+
+
+async def insisting(send: Callable[[], Awaitable[T]], patience: timedelta) -> T:
+    """Send an update again for as long as its task is lost.
+
+    A run that ends by the update while something else comes in has to look at that first: Temporal drops the
+    task, and the update with it. What the task had logged stands, and is found there the second time.
+    """
+    until = time.monotonic() + patience.total_seconds()
+    while True:
+        try:
+            return await send()
+        except RPCError as error:
+            if error.status is not RPCStatusCode.FAILED_PRECONDITION or time.monotonic() > until:
+                raise
+        await asyncio.sleep(AGAIN)
 
 
 async def cancel(client: Client, run_id: str) -> None:

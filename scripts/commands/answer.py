@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from models.canonical import derived_id
 from models.card import visible
 from models.errors import InvalidInput, Unavailable
 from models.gate import Answer, Judged, Kind, Refusal, read_message
-from models.ledger import Draft, EventType
+from models.ledger import Draft, Event, EventType
 from models.people import NAMESPACE, SECURITY_KEYS
 from models.settings import Settings
 from scripts.commands.session import Json, Run, Session, console, on_terminal, opened, reach, said
@@ -201,17 +202,21 @@ async def _answer(
     sign: Path | None,
 ) -> Judged:
     async with opened(settings) as session:
-        reading = await read_run(session, run) if await session.events(run) else None
+        before = await session.events(run)
+        reading = await read_run(session, run) if before else None
         message = message | {"digest": _digest(reading, kind, run, message.get("digest"), quiet)}
         _refuse_shape(kind, message)
         if sign is not None:
             message = await signed(settings.tenant, kind, message, sign)
         client = await reach(settings)
         try:
-            return await answer(client, run, kind, message, PATIENCE)
+            judged = await answer(client, run, kind, message, PATIENCE)
+            return judged if judged.counted else await counted(session, run, kind, message, before) or judged
         except RPCError as error:
             if error.status is not RPCStatusCode.NOT_FOUND:
                 raise
+            if (found := await counted(session, run, kind, message, before)) is not None:
+                return found
             raise await _closed(session, kind, run, message) from None
         except WorkflowUpdateFailedError as error:
             text = str(getattr(error.cause, "message", error.cause))
@@ -221,6 +226,21 @@ async def _answer(
                 f"{kind}: no worker took it within {PATIENCE.seconds} s, and it may or may not count later; "
                 f"start `countersign up`, look with `countersign show {run}`, and answer again if it waits"
             ) from None
+
+
+async def counted(
+    session: Session, run: str, kind: Kind, message: dict[str, Any], before: Sequence[Event]
+) -> Judged | None:
+    """Whether this answer counted since, by a task that Temporal lost; sent again it comes too late."""
+    known = {event.event_id for event in before}
+    said = {name: message.get(name) for name in ("digest", "approver", "role", "to")} | {"kind": kind.value}
+    for event in await session.events(run):
+        is_answer = event.type in (EventType.VERDICT, EventType.REVIEW) and event.event_id not in known
+        if is_answer and all(event.body.get(name) == value for name, value in said.items()):
+            reading = await read_run(session, run)
+            state = reading.outcome.status if reading.outcome is not None else reading.state
+            return Judged(counted=True, state=state, digest=message["digest"])
+    return None
 
 
 def _digest(reading: Reading | None, kind: Kind, run: str, given: str | None, quiet: bool) -> str:
