@@ -168,9 +168,12 @@ class Delta(Frozen):
         return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
 
 
-def owner_id(tenant: str, subject: str) -> str:
-    """The workflow id of a subject's owner; there can be only one."""
-    return f"belief/{tenant}/{subject}"
+def owner_id(tenant: str, called: str) -> str:
+    """The workflow id of a subject's owner; there can be only one.
+
+    `called` is the subject, or with encryption on what `Beliefs.called` calls it.
+    """
+    return f"belief/{tenant}/{called}"
 
 
 def owner_lease(tenant: str, subject: str) -> str:

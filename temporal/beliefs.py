@@ -1,4 +1,8 @@
-"""Sending mail to the owner of a subject, who is started by it if there is none."""
+"""Sending mail to the owner of a subject, who is started by it if there is none.
+
+A workflow id stands in clear in Temporal, whatever the codec. With encryption on it is therefore made of an
+opaque name for the subject, which the database knows: `Beliefs.called`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.service import RPCError
 
 from models.beliefs import Handled, Mail, Ownership, owner_id
+from models.errors import InvalidInput
 from models.visibility import Queue
+from temporal.client import insisting
 
 WORKFLOW = "belief"
 
@@ -38,11 +44,35 @@ async def settle(
     mail: Mail,
     patience: timedelta = timedelta(minutes=1),
     terms: Terms = USUAL,
+    called: str | None = None,
 ) -> Handled:
-    """Change a belief in its turn, and learn what became of it; sending twice changes nothing twice."""
-    start = WithStartWorkflowOperation[Any, Any](
-        WORKFLOW, static_summary=f"belief about {subject}"[:190], **_start(tenant, subject, terms)
-    )
+    """Change a belief in its turn, and learn what became of it; sending twice changes nothing twice.
+
+    Args:
+        client: of Temporal.
+        tenant: whose belief it is.
+        subject: what or whom it is about.
+        mail: the change.
+        patience: how long to wait for its turn.
+        terms: how an owner is started, if there is none.
+        called: what the owner's id calls the subject, from `Beliefs.called`; needed with encryption on.
+
+    Raises:
+        InvalidInput: encryption is on, and nobody says what the subject is called.
+    """
+    begun = _start(client, tenant, subject, terms, called)
+    summary = f"belief about {subject}"[:190]
+
+    async def send() -> Handled:
+        start = WithStartWorkflowOperation[Any, Any](WORKFLOW, static_summary=summary, **begun)
+        return await _settled(client, start, mail, patience)
+
+    return await insisting(send, patience)
+
+
+async def _settled(
+    client: Client, start: WithStartWorkflowOperation[Any, Any], mail: Mail, patience: timedelta
+) -> Handled:
     try:
         return await client.execute_update_with_start_workflow(
             "settle",
@@ -59,20 +89,35 @@ async def settle(
         raise
 
 
-async def tell(client: Client, tenant: str, subject: str, mail: Mail, terms: Terms = USUAL) -> None:
-    """Put mail into the owner's box and go on."""
+async def tell(
+    client: Client,
+    tenant: str,
+    subject: str,
+    mail: Mail,
+    terms: Terms = USUAL,
+    called: str | None = None,
+) -> None:
+    """Put mail into the owner's box and go on; `called` as for `settle`.
+
+    Raises:
+        InvalidInput: encryption is on, and nobody says what the subject is called.
+    """
     await client.start_workflow(
         WORKFLOW,
         start_signal="tell",
         start_signal_args=[mail.model_dump(mode="json")],
-        **_start(tenant, subject, terms),
+        **_start(client, tenant, subject, terms, called),
     )
 
 
-def _start(tenant: str, subject: str, terms: Terms) -> dict[str, Any]:
+def _start(client: Client, tenant: str, subject: str, terms: Terms, called: str | None) -> dict[str, Any]:
+    if called in (None, subject) and client.data_converter.payload_codec is not None:
+        raise InvalidInput.field(
+            "called", called, "with encryption on an id spells no subject; give what Beliefs.called says"
+        )
     return {
         "arg": Ownership(tenant=tenant, subject=subject, hand_over_after=terms.hand_over_after),
-        "id": owner_id(tenant, subject),
+        "id": owner_id(tenant, called or subject),
         "task_queue": Queue.DECIDE,
         "task_timeout": terms.task_timeout,
         "id_conflict_policy": WorkflowIDConflictPolicy.USE_EXISTING,

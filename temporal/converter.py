@@ -6,11 +6,13 @@ there on the record.
 
 from __future__ import annotations
 
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 from temporalio.api.common.v1 import Payload
 from temporalio.common import RawValue
@@ -29,6 +31,8 @@ from models.settings import EncryptionSettings
 ENCODING = b"binary/encrypted"
 PURPOSE = "payload"
 KEY_ID = "encryption-key-id"
+VEILED = "sealed:"
+"""Begins a text that stands sealed where Temporal takes no payload."""
 
 
 class SealingCodec(PayloadCodec):
@@ -79,6 +83,26 @@ def is_sealed(payload: Payload) -> bool:
 def key_of(payload: Payload) -> str:
     """The id of the key a sealed payload names."""
     return payload.metadata.get(KEY_ID, b"").decode(errors="replace")
+
+
+async def veiled(text: str, codec: PayloadCodec | None) -> str:
+    """A text for where Temporal takes no payload, as the note of a schedule; as it is with encryption off."""
+    if codec is None or not text or text.startswith(VEILED):
+        return text
+    [sealed] = await codec.encode([Payload(metadata={"encoding": b"binary/plain"}, data=text.encode())])
+    return VEILED + b64encode(sealed.SerializeToString()).decode()
+
+
+async def unveiled(text: str, codec: PayloadCodec | None) -> str:
+    """What `veiled` made, opened; as it is if it does not open, or if somebody else wrote it in clear."""
+    if codec is None or not text.startswith(VEILED):
+        return text
+    try:
+        sealed = Payload.FromString(b64decode(text[len(VEILED) :], validate=True))
+        [opened] = await codec.decode([sealed])
+        return text if is_sealed(opened) or not is_sealed(sealed) else opened.data.decode()
+    except (ValueError, DecodeError):
+        return text
 
 
 class LenientPayloadConverter(PydanticPayloadConverter):

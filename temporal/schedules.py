@@ -36,6 +36,7 @@ from models.loop import Frozen, Request
 from models.settings import ScheduleSettings, TemporalSettings
 from models.visibility import Queue
 from temporal.client import attributes
+from temporal.converter import is_sealed, unveiled, veiled
 
 MEMO_SCHEDULE = "schedule"
 """On the runs of a schedule, and thereby in the schedule: what it was made from."""
@@ -100,6 +101,7 @@ class Schedules:
     def __init__(self, client: Client, tenant: str, settings: TemporalSettings) -> None:
         """Schedules of other tenants in the same namespace are left alone."""
         self._client = client
+        self._codec = client.data_converter.payload_codec
         self._tenant = tenant
         self._settings = settings
 
@@ -131,7 +133,7 @@ class Schedules:
         Raises:
             UnknownName: there is no such schedule in Temporal.
         """
-        await self._told(name, self.handle(name).pause(note=note))
+        await self._told(name, self.handle(name).pause(note=await veiled(note, self._codec)))
 
     async def resume(self, name: str, note: str) -> None:
         """Start runs again.
@@ -139,14 +141,14 @@ class Schedules:
         Raises:
             UnknownName: there is no such schedule in Temporal.
         """
-        await self._told(name, self.handle(name).unpause(note=note))
+        await self._told(name, self.handle(name).unpause(note=await veiled(note, self._codec)))
 
     def handle(self, name: str) -> ScheduleHandle:
         """The schedule in Temporal."""
         return self._client.get_schedule_handle(schedule_id(self._tenant, name))
 
     async def _put(self, one: ScheduleSettings) -> Changed:
-        made, found = self._schedule(one), schedule_id(self._tenant, one.name)
+        made, found = await self._schedule(one), schedule_id(self._tenant, one.name)
         try:
             await self._client.create_schedule(found, made)
         except ScheduleAlreadyRunningError:
@@ -162,10 +164,12 @@ class Schedules:
             nonlocal change
             standing = given.description.schedule
             mark = await self._mark(standing)
-            if mark is not None and mark.digest == _digest(one):
+            if mark is not None and mark.digest == _digest(one) and self._is_kept_alike(standing):
                 return None
             change = Change.UPDATED
-            return ScheduleUpdate(schedule=replace(made, state=_state(one, mark, standing.state)))
+            state = _state(one, mark, standing.state)
+            state = replace(state, note=await veiled(state.note or "", self._codec) or None)
+            return ScheduleUpdate(schedule=replace(made, state=state))
 
         try:
             await self.handle(one.name).update(renewed)
@@ -199,7 +203,10 @@ class Schedules:
                 cron=wanted.cron if wanted else "",
                 standing=Standing.MISSING,
             )
-        return _scheduled(self._name(found), described, await self._mark(described.schedule), wanted)
+        schedule = described.schedule
+        note = await unveiled(schedule.state.note or "", self._codec)
+        mark = await self._mark(schedule) if self._is_kept_alike(schedule) else None
+        return _scheduled(self._name(found), described, mark, wanted).model_copy(update={"note": note})
 
     async def _told(self, name: str, telling: object) -> None:
         try:
@@ -215,17 +222,20 @@ class Schedules:
 
     async def _mark(self, schedule: Schedule) -> Mark | None:
         """What a schedule was made from; `None` if somebody else made it."""
-        action = schedule.action
-        memo = action.memo if isinstance(action, ScheduleActionStartWorkflow) else None
-        raw = (memo or {}).get(MEMO_SCHEDULE)
-        if not isinstance(raw, Payload):
+        raw = _raw_mark(schedule)
+        if raw is None:
             return None
         try:
             return Mark.model_validate((await self._client.data_converter.decode([raw]))[0])
         except ValidationError:
             return None
 
-    def _schedule(self, one: ScheduleSettings) -> Schedule:
+    def _is_kept_alike(self, schedule: Schedule) -> bool:
+        """Whether it is sealed if anything is: it may be from before encryption was switched on."""
+        raw = _raw_mark(schedule)
+        return raw is not None and is_sealed(raw) == (self._codec is not None)
+
+    async def _schedule(self, one: ScheduleSettings) -> Schedule:
         request = self._request(one)
         mark = Mark(name=one.name, digest=_digest(one), paused=one.paused)
         return Schedule(
@@ -243,7 +253,7 @@ class Schedules:
             policy=SchedulePolicy(
                 overlap=ScheduleOverlapPolicy.SKIP, catchup_window=CATCH_UP, pause_on_failure=True
             ),
-            state=ScheduleState(note=one.note or None, paused=one.paused),
+            state=ScheduleState(note=await veiled(one.note, self._codec) or None, paused=one.paused),
         )
 
     def _request(self, one: ScheduleSettings) -> Request:
@@ -279,6 +289,13 @@ def _check(wanted: Iterable[ScheduleSettings], agents: Collection[str]) -> None:
         if one.name in seen:
             raise InvalidInput.field("schedules", one.name, "two schedules have that name; rename one")
         seen.add(one.name)
+
+
+def _raw_mark(schedule: Schedule) -> Payload | None:
+    action = schedule.action
+    memo = action.memo if isinstance(action, ScheduleActionStartWorkflow) else None
+    raw = (memo or {}).get(MEMO_SCHEDULE)
+    return raw if isinstance(raw, Payload) else None
 
 
 def _body(one: ScheduleSettings) -> str:

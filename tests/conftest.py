@@ -8,7 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,13 +45,19 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def temporal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TemporalSettings]:
     """One dev server for the whole run, with the flags of the product."""
+    with serving(tmp_path_factory.mktemp("temporal")) as settings:
+        yield settings
+
+
+@contextmanager
+def serving(data: Path) -> Iterator[TemporalSettings]:
+    """A dev server of one's own, with its database and log in a folder."""
     settings = TemporalSettings(
         address=f"127.0.0.1:{free_port()}",
         ui_port=free_port(),
         managed=False,
         task_timeout=timedelta(seconds=2),
     )
-    data = tmp_path_factory.mktemp("temporal")
     program = dev_server.argv(dev_server.binary(), settings, data)
     argv = (sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), "--", *program)
     with open(data / "log", "wb") as log:

@@ -10,6 +10,7 @@ import traceback
 from types import TracebackType
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+ASYNCIO = "asyncio"
 Raised = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
@@ -21,6 +22,9 @@ class Discreet(logging.Formatter):
         shown = logging.makeLogRecord(record.__dict__ | {"exc_text": None})
         if isinstance(shown.args, tuple):
             shown.args = tuple(_named(argument) for argument in shown.args)
+        if shown.name == ASYNCIO and shown.exc_info:
+            # Its text spells the task with its error and all that the task was given.
+            shown.msg, shown.args = shown.getMessage().partition("\n")[0], None
         return super().format(shown)
 
     def formatException(self, ei: Raised) -> str:

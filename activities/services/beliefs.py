@@ -2,6 +2,8 @@
 
 A change is one transaction: the event's id is looked up, version and epoch are compared, snapshot, head and
 ledger event are written. Whoever lost reads again and decides again; nothing is merged behind anybody's back.
+With encryption on columns, streams and leases call a subject by an opaque name; only the sealed state
+says who it is.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select, update
 
 from activities.services.database import Database, from_micros, insert_for, to_micros
-from activities.services.discreet import open_bytes, seal_bytes
+from activities.services.discreet import called_in, is_sealed, open_bytes, seal_bytes
 from activities.services.leases import check_in, seize_in
 from activities.services.ledger_store import add_in
 from models.beliefs import (
@@ -67,14 +69,10 @@ class Beliefs:
 
     async def history(self, tenant: str, agent: str, subject: str, limit: int = 50) -> tuple[Settled, ...]:
         """The newest versions, oldest first, with when they came to stand."""
-        wanted = (
-            select(SNAPSHOT)
-            .where(*_mine(SNAPSHOT, tenant, agent, subject))
-            .order_by(SNAPSHOT.c.version.desc())
-            .limit(limit)
-        )
 
         def read(link: Connection) -> tuple[Settled, ...]:
+            mine = mine_in(link, SNAPSHOT, tenant, agent, subject)
+            wanted = select(SNAPSHOT).where(*mine).order_by(SNAPSHOT.c.version.desc()).limit(limit)
             rows = reversed(link.execute(wanted).all())
             return tuple(Settled(won=True, belief=_read(link, row), **_when(row)) for row in rows)
 
@@ -83,10 +81,27 @@ class Beliefs:
     async def subjects(self, tenant: str) -> tuple[tuple[str, str, int], ...]:
         """Agent, subject and version of every belief."""
         heads = select(HEAD.c.agent, HEAD.c.subject, HEAD.c.version).where(HEAD.c.tenant == tenant)
-        rows = await self._database.read(
-            lambda link: link.execute(heads.order_by(HEAD.c.subject, HEAD.c.agent)).all()
-        )
-        return tuple((row.agent, row.subject, row.version) for row in rows)
+
+        def read(link: Connection) -> list[tuple[str, str, int]]:
+            rows = link.execute(heads).all()
+            return [(row.agent, _spelled(link, tenant, row), row.version) for row in rows]
+
+        found = await self._database.read(read)
+        return tuple(sorted(found, key=lambda one: (one[1], one[0])))
+
+    async def agents(self, tenant: str, subject: str) -> tuple[str, ...]:
+        """Whoever believes something about a subject."""
+
+        def read(link: Connection) -> tuple[str, ...]:
+            named = HEAD.c.tenant == tenant, HEAD.c.subject.in_(called_in(link, tenant, subject))
+            query = select(HEAD.c.agent).where(*named).distinct().order_by(HEAD.c.agent)
+            return tuple(link.execute(query).scalars())
+
+        return await self._database.read(read)
+
+    async def called(self, tenant: str, subject: str) -> str:
+        """What the owner's workflow id calls a subject: itself, or with encryption on an opaque name."""
+        return await self._database.write(lambda link: called_in(link, tenant, subject)[0])
 
     async def claim(self, tenant: str, agent: str, subject: str, holder: str) -> int:
         """Become the owner; the epoch fences off whoever was it before. The same holder keeps its epoch."""
@@ -106,8 +121,10 @@ class Beliefs:
 
     async def own(self, owning: Owning) -> int:
         """Become the owner of a subject; the epoch fences off the run that was it before."""
-        now, name = self._clock(), owner_lease(owning.tenant, owning.subject)
-        return await self._database.write(lambda link: seize_in(link, name, owning.holder, now))
+        now, lease = self._clock(), (owning.tenant, owning.subject)
+        return await self._database.write(
+            lambda link: seize_in(link, _lease(link, *lease), owning.holder, now)
+        )
 
     async def deliver(self, delivery: Delivery) -> Delivered:
         """Handle mail in order and in one commit; an event that was handled before changes nothing.
@@ -158,7 +175,7 @@ def _change(
 ) -> Settled:
     head = _head(connection, change.tenant, change.agent, change.subject)
     standing = belief_in(connection, change.tenant, change.agent, change.subject)
-    mine = _mine(SNAPSHOT, change.tenant, change.agent, change.subject)
+    mine = _mine(SNAPSHOT, change.tenant, change.agent, head.subject)
     known = connection.execute(select(SNAPSHOT.c.version).where(*mine, SNAPSHOT.c.event_id == change.event))
     if known.first() is not None:
         return Settled(won=False, known=True, belief=standing)
@@ -174,7 +191,7 @@ def _change(
 
 
 def _deliver(connection: Connection, delivery: Delivery, now: datetime) -> Delivered:
-    lease = owner_lease(delivery.tenant, delivery.subject)
+    lease = _lease(connection, delivery.tenant, delivery.subject)
     check_in(connection, lease, delivery.epoch, delivery.holder)
     return Delivered(handled=tuple(_handle(connection, delivery, mail, now) for mail in delivery.mails))
 
@@ -199,7 +216,7 @@ def _handle(connection: Connection, delivery: Delivery, mail: Mail, now: datetim
 
 
 def _version_of(connection: Connection, change: Change) -> int:
-    mine = _mine(SNAPSHOT, change.tenant, change.agent, change.subject)
+    mine = mine_in(connection, SNAPSHOT, change.tenant, change.agent, change.subject)
     query = select(SNAPSHOT.c.version).where(*mine, SNAPSHOT.c.event_id == change.event)
     return int(connection.execute(query).scalar_one())
 
@@ -212,7 +229,7 @@ def belief_in(
     Raises:
         UnknownName: there is no such version.
     """
-    mine = _mine(SNAPSHOT, tenant, agent, subject)
+    mine = mine_in(connection, SNAPSHOT, tenant, agent, subject)
     wanted = select(SNAPSHOT).where(*mine).order_by(SNAPSHOT.c.version.desc()).limit(1)
     row = connection.execute(
         wanted if version is None else wanted.where(SNAPSHOT.c.version == version)
@@ -260,25 +277,45 @@ def _told(connection: Connection, now: Belief, version: int, changed: tuple[str,
     return f"belief about {now.subject} changed since version {version}: {'; '.join(deltas) or changed}"
 
 
-def _mine(of: Any, tenant: str, agent: str, subject: str) -> tuple[Any, ...]:
-    return of.c.tenant == tenant, of.c.agent == agent, of.c.subject == subject
+def mine_in(connection: Connection, of: Any, tenant: str, agent: str, subject: str) -> tuple[Any, ...]:
+    """The conditions for rows of one belief, whatever they call its subject."""
+    return _mine(of, tenant, agent, _standing(connection, tenant, agent, subject))
+
+
+def _mine(of: Any, tenant: str, agent: str, name: str) -> tuple[Any, ...]:
+    return of.c.tenant == tenant, of.c.agent == agent, of.c.subject == name
+
+
+def _standing(connection: Connection, tenant: str, agent: str, subject: str) -> str:
+    """What its rows call a subject: from before encryption was switched on they spell it."""
+    names = called_in(connection, tenant, subject)
+    if len(names) == 1:
+        return subject
+    either = HEAD.c.tenant == tenant, HEAD.c.agent == agent, HEAD.c.subject.in_(names)
+    there = set(connection.execute(select(HEAD.c.subject).where(*either)).scalars())
+    return subject if there == {subject} else names[0]
 
 
 def _head(connection: Connection, tenant: str, agent: str, subject: str) -> Row[Any]:
     """The head row, held until the transaction ends."""
-    kind = insert_for(connection.dialect.name)
-    blank = dict(tenant=tenant, agent=agent, subject=subject, version=0, epoch=0, holder="")
+    kind, name = insert_for(connection.dialect.name), called_in(connection, tenant, subject)[0]
+    if name != subject and _standing(connection, tenant, agent, subject) == subject:
+        for of in (HEAD, SNAPSHOT):
+            connection.execute(update(of).where(*_mine(of, tenant, agent, subject)).values(subject=name))
+    blank = dict(tenant=tenant, agent=agent, subject=name, version=0, epoch=0, holder="")
     connection.execute(kind(HEAD).values(**blank).on_conflict_do_nothing())
-    return connection.execute(
-        select(HEAD).where(*_mine(HEAD, tenant, agent, subject)).with_for_update()
-    ).one()
+    return connection.execute(select(HEAD).where(*_mine(HEAD, tenant, agent, name)).with_for_update()).one()
+
+
+def _lease(connection: Connection, tenant: str, subject: str) -> str:
+    return owner_lease(tenant, called_in(connection, tenant, subject)[0])
 
 
 def _claim(connection: Connection, tenant: str, agent: str, subject: str, holder: str) -> int:
     head = _head(connection, tenant, agent, subject)
     if head.holder == holder:
         return int(head.epoch)
-    mine = _mine(HEAD, tenant, agent, subject)
+    mine = _mine(HEAD, tenant, agent, head.subject)
     connection.execute(update(HEAD).where(*mine).values(holder=holder, epoch=head.epoch + 1))
     return int(head.epoch) + 1
 
@@ -291,31 +328,31 @@ def _store(
     now: datetime,
     owner: Delivery | None = None,
 ) -> None:
-    state = canonical(made)
-    key = dict(tenant=made.tenant, agent=made.agent, subject=made.subject, version=made.version)
+    kept = seal_bytes(connection, made.tenant, canonical(made), made.subject)
+    key = dict(tenant=made.tenant, agent=made.agent, subject=head.subject, version=made.version)
     epoch = owner.epoch if owner is not None else head.epoch
-    kept = seal_bytes(connection, made.tenant, state, made.subject)
-    facts = dict(event_id=event, epoch=epoch, state=kept, digest=sha256(state))
+    # Of what is stored, so that once it is erased nobody can guess what was believed and test the guess.
+    facts = dict(event_id=event, epoch=epoch, state=kept, digest=sha256(kept))
     connection.execute(SNAPSHOT.insert().values(**key, **facts, recorded_at=to_micros(now)))
     moved = connection.execute(
         update(HEAD)
-        .where(*_mine(HEAD, made.tenant, made.agent, made.subject))
+        .where(*_mine(HEAD, made.tenant, made.agent, head.subject))
         .where(HEAD.c.version == made.version - 1, HEAD.c.epoch == head.epoch)
         .values(version=made.version)
     )
     if moved.rowcount != 1:
         raise LedgerConflict(f"belief: {made.subject} changed meanwhile; read it and decide again")
-    add_in(connection, made.tenant, _event(made, event, facts["digest"], owner), now)
+    stream = belief_stream(made.tenant, made.agent, head.subject)
+    add_in(connection, made.tenant, _event(made, stream, event, facts["digest"], owner), now)
 
 
 def belief_stream(tenant: str, agent: str, subject: str) -> str:
-    """The ledger stream of a belief; subjects may be people, so it does not spell them."""
+    """The ledger stream of a belief; subjects may be people, so it does not spell what they are called."""
     return f"belief/{derived_id('belief', tenant, agent, subject)}"
 
 
-def _event(made: Belief, event: str, digest: Any, owner: Delivery | None) -> Draft:
+def _event(made: Belief, stream: str, event: str, digest: Any, owner: Delivery | None) -> Draft:
     by = {"owner": owner.holder, "epoch": owner.epoch} if owner is not None and owner.holder else {}
-    stream = belief_stream(made.tenant, made.agent, made.subject)
     return Draft(
         # After an erasure versions begin anew; the event that changes it does not.
         event_id=derived_id("event", made.tenant, stream, EventType.BELIEF, made.version, event),
@@ -334,7 +371,16 @@ def _when(row: Row[Any]) -> dict[str, Any]:
 
 
 def _read(connection: Connection, row: Row[Any]) -> Belief:
-    state = open_bytes(connection, row.tenant, bytes(row.state))
-    if sha256(state) != row.digest:
+    stored = bytes(row.state)
+    state = open_bytes(connection, row.tenant, stored)
+    # What was sealed by earlier releases is named by what it says.
+    if row.digest not in (sha256(stored), sha256(state)):
         raise LedgerBroken(f"belief about {row.subject} version {row.version} does not hash to its name")
     return Belief.model_validate(json.loads(state))
+
+
+def _spelled(connection: Connection, tenant: str, head: Any) -> str:
+    """The subject of a head row as people call it; one nothing was believed of yet has only its name."""
+    newest = select(SNAPSHOT).where(*_mine(SNAPSHOT, tenant, head.agent, head.subject))
+    row = connection.execute(newest.where(SNAPSHOT.c.version == head.version)).first()
+    return head.subject if row is None or not is_sealed(row.state) else _read(connection, row).subject

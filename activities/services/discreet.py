@@ -66,6 +66,11 @@ def seal_bytes(connection: Connection, tenant: str, data: bytes, subject: str | 
     return seal_text(connection, tenant, data.decode(), subject).encode()
 
 
+def is_sealed(stored: bytes) -> bool:
+    """Whether `seal_bytes` sealed it."""
+    return bytes(stored[: len(MARK)]) == MARK.encode()
+
+
 def open_bytes(connection: Connection, tenant: str, stored: bytes) -> bytes:
     """What `seal_bytes` made, opened."""
     return text_reader(connection, tenant)(stored.decode()).encode()
@@ -82,6 +87,12 @@ def name_of(connection: Connection, tenant: str, subject: str) -> str:
     """What a subject is called in columns: an opaque id with encryption on."""
     vault = vault_of(connection)
     return subject if vault is None or not subject else vault.key_id(connection, tenant, subject)
+
+
+def called_in(connection: Connection, tenant: str, subject: str) -> tuple[str, ...]:
+    """What a subject is called in columns and ids: itself, or an opaque name and, in old rows, itself."""
+    name = name_of(connection, tenant, subject)
+    return (subject,) if name == subject else (name, subject)
 
 
 def names_of(connection: Connection, tenant: str, subject: str) -> tuple[str, ...]:

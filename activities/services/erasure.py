@@ -23,7 +23,7 @@ from activities.services import cache, keeping
 from activities.services.beliefs import HEAD, SNAPSHOT
 from activities.services.content import BLOB, vault_of
 from activities.services.database import Database, to_micros
-from activities.services.discreet import names_of
+from activities.services.discreet import called_in, names_of
 from activities.services.keeping import GIVEN, SUPPORT
 from activities.services.ledger_export import CHUNK, payloads
 from activities.services.ledger_store import EVENT, add_in, entries_in
@@ -266,7 +266,8 @@ def _find(connection: Connection, tenant: str, subject: str) -> _Found:
     mine = (MEMORY.c.tenant == tenant, MEMORY.c.subject.in_(names_of(connection, tenant, subject)))
     rows = connection.execute(select(MEMORY.c.record_id, MEMORY.c.text_digest).where(*mine)).all()
     models = connection.execute(select(EMBEDDING.c.model).where(EMBEDDING.c.tenant == tenant).distinct())
-    beliefs = select(func.count()).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)
+    called = called_in(connection, tenant, subject)
+    beliefs = select(func.count()).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject.in_(called))
     texts = connection.execute(select(BLOB.c.digest).where(BLOB.c.tenant == tenant, _its_own(about, key)))
     return _Found(
         ids=tuple(row.record_id for row in rows),
@@ -294,8 +295,9 @@ def _erase(
         connection.execute(delete(SUPPORT).where(SUPPORT.c.tenant == tenant, SUPPORT.c.record_id.in_(ids)))
         either = or_(MERGE.c.first.in_(ids), MERGE.c.second.in_(ids))
         connection.execute(delete(MERGE).where(MERGE.c.tenant == tenant, either))
+    called = called_in(connection, tenant, subject)
     for of in (SNAPSHOT, HEAD):
-        connection.execute(delete(of).where(of.c.tenant == tenant, of.c.subject == subject))
+        connection.execute(delete(of).where(of.c.tenant == tenant, of.c.subject.in_(called)))
     shared = frozenset(one for part in _parts(found.digests) for one in _still_used(connection, tenant, part))
     gone = [digest for digest in found.digests if digest not in shared]
     for part in _parts(gone):
@@ -337,7 +339,7 @@ def _look(
     questions: dict[str, Any] = {
         "memory": [(MEMORY.c.tenant == tenant, MEMORY.c.subject.in_({subject, found.key or subject}))],
         "vectors": [(*full, EMBEDDING.c.record_id.in_(ids)) for ids in _parts(found.ids)],
-        "beliefs": [(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)],
+        "beliefs": [(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject.in_({subject, found.key or subject}))],
         "texts": [(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)) for part in _parts(gone)],
     }
     left = {

@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
-from activities.services.beliefs import HEAD, belief_in
+from activities.services.beliefs import HEAD, belief_in, mine_in
 from activities.services.database import Database, from_micros, insert_for, to_micros
 from activities.services.discreet import names_of
 from activities.services.short_term import Key, Rate, ShortTerm
@@ -146,7 +146,7 @@ def _look(key: Key) -> Look:
 
 def _key(connection: Connection, look: Look, now: int) -> Key:
     """The version of the belief, and a mark that differs whenever other records count."""
-    mine = (HEAD.c.tenant == look.tenant, HEAD.c.agent == look.agent, HEAD.c.subject == look.subject)
+    mine = mine_in(connection, HEAD, look.tenant, look.agent, look.subject)
     version = connection.execute(select(HEAD.c.version).where(*mine)).scalar_one_or_none()
     m = MEMORY.c
     marks = (func.count(), func.sum(m.position), func.max(m.active_at), func.sum(m.recorded_at % 1_000_003))

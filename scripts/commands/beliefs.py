@@ -99,8 +99,7 @@ def diff(
 
 
 async def _agent(session: Session, store: Beliefs, subject: str, named: str | None) -> str:
-    all_of = await store.subjects(session.tenant)
-    known = sorted({agent for agent, about, _ in all_of if about == subject})
+    known = await store.agents(session.tenant, subject)
     if named is not None and named in known:
         return named
     if named is None and len(known) == 1:

@@ -20,6 +20,7 @@ from models.errors import InvalidInput, UnknownName
 from models.ledger import EventType
 from models.loop import Outcome, Ref, Request, Status, workflow_id
 from models.people import PERSON, People, unfit
+from models.privacy import found_in
 from models.regions import misplaced
 from models.settings import Settings
 from scripts.commands.session import Json, Session, console, opened, reach, said
@@ -29,6 +30,7 @@ from temporal.client import is_open, submit
 from workers import config, registry
 
 MEDIA = {"content": "text/markdown; charset=utf-8", "external": "application/json"}
+NOT_OPAQUE = "--key: it stands in the ledger in clear, and stays there; better name requests by opaque ids"
 SAID_NO = (Status.REJECTED, Status.EXPIRED)
 
 
@@ -53,6 +55,8 @@ def start(
     data = read_file(file)
     title = check(settings, agent, data)
     request = about(request_of(settings, agent, data, key, asking(settings, agent, as_)), subject)
+    if key is not None and settings.sealing.enabled and found_in(key):
+        console(stderr=True).print(NOT_OPAQUE)
     result = asyncio.run(begin(settings, request, data, title, wait))
     if as_json:
         said(result)

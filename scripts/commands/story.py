@@ -126,7 +126,7 @@ def _remembered(connection: Connection, tenant: str, subject: str) -> tuple[list
     about = (MEMORY.c.tenant == tenant, MEMORY.c.subject.in_(called), MEMORY.c.forgotten_at.is_(None))
     rows = connection.execute(select(MEMORY).where(*about)).all()
     names = {row.source_event for row in rows} | {row.source for row in rows}
-    changes = select(SNAPSHOT.c.event_id).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject == subject)
+    changes = select(SNAPSHOT.c.event_id).where(SNAPSHOT.c.tenant == tenant, SNAPSHOT.c.subject.in_(called))
     names |= set(connection.execute(changes).scalars())
     named, runs = (EVENT.c.log_id == tenant) & EVENT.c.event_id.in_(names), select(EVENT.c.correlation_id)
     runs = runs.where(named).union(runs.where(in_runs(tenant, names)))
@@ -168,9 +168,7 @@ def _resting(connection: Connection, tenant: str, subject: str) -> Iterator[str]
 
 async def _believed(session: Session, subject: str) -> list[Moment]:
     store, moments = Beliefs(session.database, utc_now), list[Moment]()
-    for agent, about, _ in await store.subjects(session.tenant):
-        if about != subject:
-            continue
+    for agent in await store.agents(session.tenant, subject):
         before = Belief(tenant=session.tenant, agent=agent, subject=subject)
         for one in await store.history(session.tenant, agent, subject, limit=1000):
             changes = "; ".join(delta.text() for delta in difference(before, one.belief))
