@@ -37,7 +37,7 @@ PERMITTED = TaskSettings(similar_wrong_permille=200, cache_seconds=3600)
 TIER = TierSettings(
     name="edge", kind="llama_cpp", url="http://127.0.0.1:1", concurrency=8, data_classes=tuple(DataClass)
 )
-ENOUGH = 60
+ENOUGH = 45
 """Comparisons after which answers are given, at that bound."""
 
 
