@@ -110,6 +110,7 @@ def marked_settings(temporal: TemporalSettings, folder: Path, sealed: bool) -> S
         build=Path("site"),
         address="http://127.0.0.1:9",
         engine="plain",
+        serve=False,
     )
     gate = GateRule(remind_seconds=None, notify=("desk",))
     agents = {
