@@ -17,7 +17,7 @@ from typing import Any
 from models.gate import Kind, Standing
 from models.ledger import Event, EventType
 from models.loop import Exemption, Frozen, Reversibility, Status
-from models.policy import OUTDATED, SEVERITY, AgentPolicy
+from models.policy import GATE_POLICY, OUTDATED, SEVERITY, AgentPolicy
 
 CONFIDENCE = 0.95
 """Of the interval, both sides together."""
@@ -230,6 +230,8 @@ def _suggested(
         return Suggestion.NARROW, f"it passes without a person, and there are {share}{since}"
     if passes:
         return Suggestion.KEEP, f"it passes without a person, {record.alone} times{since}"
+    if action.connector == GATE_POLICY:
+        return Suggestion.ASK, "a change of policy always needs people"
     if action.reversibility is Reversibility.IRREVERSIBLE:
         return Suggestion.ASK, "what cannot be taken back needs a person, whatever the record"
     if low < earned:

@@ -21,7 +21,7 @@ from activities.services.signatures import fingerprint
 from activities.services.verifier import Verifier
 from models.amendments import Amendment, Autonomy, base_of
 from models.answers import Answer, Identity, recorded
-from models.errors import ConnectorRejected, PolicyDenied
+from models.errors import ConnectorRejected, ConnectorUnavailable, PolicyDenied
 from models.gate import Judged, Kind
 from models.ledger import Draft, Entry, EventType, policy_stream
 from models.loop import Assurance, GateRule, Intent, Outcome, Ref, Status, action_key
@@ -123,6 +123,11 @@ async def test_what_people_approved_again_and_again_may_pass_alone_until_one_is_
     told = json.loads((await command(stack, "policy", "history", "--json")).stdout)
     assert [one["event"] for one in told] == ["policy.changed", "policy.narrowed"]
     assert told[1]["body"]["why"] == "rollback"
+    record = json.loads((await command(stack, "autonomy", "--earned", "500", "--json")).stdout)
+    assert {one["action"]["connector"]: one["suggestion"] for one in record} == {
+        "null": "ask",
+        GATE_POLICY: "ask",
+    }
     rules = json.loads((await command(stack, "policy", "show", "external", "--json")).stdout)
     assert (rules[0]["source"], rules[0]["autonomy"]["grants"]) == ("narrowed", [])
 
@@ -292,6 +297,8 @@ async def test_taking_a_change_back_puts_back_what_was_in_force_before(stack: St
     with pytest.raises(ConnectorRejected, match="another change of external came after it"):
         await target.undo(f"{first.body['key']}.undo", work, applied_as(first), until)
     assert rules_of(stack).policy.gate.automatic_up_to == "read_only"
+    with pytest.raises(ConnectorUnavailable, match="deadline has passed"):
+        await target.undo(f"{second.body['key']}.undo", work, applied_as(second), utc_now())
     for _ in range(2):
         done = await target.undo(f"{second.body['key']}.undo", work, applied_as(second), until)
         assert done.detail == "withdrawn"

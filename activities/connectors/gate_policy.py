@@ -9,8 +9,10 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
+from sqlalchemy import Connection
+
 from activities.connectors.base import Applied, Dry, Work
-from activities.services.amendments import InForce, applied, change_in, withdraw_in
+from activities.services.amendments import Attempt, InForce, applied, change_in, withdraw_in
 from activities.services.arguments import read_arguments
 from activities.services.database import Database
 from activities.services.records import records_of
@@ -77,11 +79,12 @@ class GatePolicy:
             PreconditionLost: the policy, or the file, has changed since the plan.
         """
         wanted = self._shape(work)
-        return _applied(
-            await self._database.write(
-                lambda link: change_in(link, self._force, work.tenant, key, wanted, expected, self._clock())
-            )
-        )
+
+        def change(link: Connection) -> Entry:
+            attempt = Attempt(work.tenant, key, deadline, self._clock())
+            return change_in(link, self._force, attempt, wanted, expected)
+
+        return _applied(await self._database.write(change))
 
     async def verify(self, work: Work, applied: Applied) -> Applied:
         """Read it back.
@@ -101,11 +104,12 @@ class GatePolicy:
             ConnectorRejected: another change came after it.
         """
         wanted, undoes = self._shape(work), applied.reference
-        return _applied(
-            await self._database.write(
-                lambda link: withdraw_in(link, self._force, work.tenant, key, wanted, undoes, self._clock())
-            )
-        )
+
+        def withdraw(link: Connection) -> Entry:
+            attempt = Attempt(work.tenant, key, deadline, self._clock())
+            return withdraw_in(link, self._force, attempt, wanted, undoes)
+
+        return _applied(await self._database.write(withdraw))
 
     def _read(self, work: Work) -> Amendment:
         wanted = self._shape(work)

@@ -8,13 +8,13 @@ but what the file gives as well.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from pydantic import ValidationError
 from sqlalchemy import Connection, select
 
 from activities.services.content import get_blob
-from activities.services.database import from_micros
 from activities.services.ledger_store import add_all_in, append_in, entries_in
 from activities.services.reservations import EFFECT, Held
 from models.amendments import (
@@ -186,86 +186,88 @@ def applied(link: Connection, tenant: str, agent: str, key: str) -> Entry | None
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at changing a policy, as its target sees it."""
+
+    tenant: str
+    key: str
+    deadline: datetime
+    now: datetime
+
+
 def change_in(
-    link: Connection,
-    force: InForce,
-    tenant: str,
-    key: str,
-    amendment: Amendment,
-    expected: str,
-    now: datetime,
+    link: Connection, force: InForce, attempt: Attempt, amendment: Amendment, expected: str
 ) -> Entry:
     """Put a change in force, once per key, if the policy is still the one it was planned against.
 
     Raises:
         PreconditionLost: it is not.
         PolicyDenied: nobody reserved the key, so nobody looked whether it may be used.
+        ConnectorUnavailable: the deadline has passed.
     """
-    if (done := applied(link, tenant, amendment.agent, key)) is not None:
+    agent = amendment.agent
+    # Read before the key is looked up: what another attempt of it does meanwhile is then no drift.
+    rules = force.rules(link, attempt.tenant, agent)
+    if (done := applied(link, attempt.tenant, agent, attempt.key)) is not None:
         return done
-    run = _reserved_by(link, tenant, key, now)
-    rules = force.rules(link, tenant, amendment.agent)
+    run = _reserved_by(link, attempt)
     if amendment.base != force.base or rules.digest != expected:
-        raise PreconditionLost(f"{GATE_POLICY}: the policy of {amendment.agent} has changed since the plan")
-    after = policy_digest(amendment.autonomy.over(force.file.of(amendment.agent)))
+        raise PreconditionLost(f"{GATE_POLICY}: the policy of {agent} has changed since the plan")
+    after = policy_digest(amendment.autonomy.over(force.file.of(agent)))
     body = {"base": amendment.base, "before": rules.digest, "after": after}
-    return _append(link, tenant, amendment.agent, key, run, rules, body, now)
+    return _append(link, attempt, run, rules, body)
 
 
 def withdraw_in(
-    link: Connection, force: InForce, tenant: str, key: str, amendment: Amendment, undoes: str, now: datetime
+    link: Connection, force: InForce, attempt: Attempt, amendment: Amendment, undoes: str
 ) -> Entry:
     """Take a change back, once per key, so that the one before it is in force again, as far as it still is.
 
     Raises:
         ConnectorRejected: another change came after it.
-        PolicyDenied: as for `change_in`.
+        PolicyDenied, ConnectorUnavailable: as for `change_in`.
     """
-    if (done := applied(link, tenant, amendment.agent, key)) is not None:
+    rules = force.rules(link, attempt.tenant, amendment.agent)
+    if (done := applied(link, attempt.tenant, amendment.agent, attempt.key)) is not None:
         return done
-    run = _reserved_by(link, tenant, key, now)
-    rules = force.rules(link, tenant, amendment.agent)
+    run = _reserved_by(link, attempt)
     if rules.change is None or rules.change.body["key"] != undoes:
         raise ConnectorRejected(
             f"{GATE_POLICY}: another change of {amendment.agent} came after it; propose what you want instead"
         )
     body = {"base": amendment.base, "before": rules.digest, "withdraws": undoes}
-    return _append(link, tenant, amendment.agent, key, run, rules, body, now)
+    return _append(link, attempt, run, rules, body)
 
 
-def _append(
-    link: Connection,
-    tenant: str,
-    agent: str,
-    key: str,
-    run: str,
-    rules: Rules,
-    body: dict[str, str],
-    now: datetime,
-) -> Entry:
-    digest = key.partition(".")[0]
+def _append(link: Connection, attempt: Attempt, run: str, rules: Rules, body: dict[str, str]) -> Entry:
+    stream, key = policy_stream(rules.agent), attempt.key
+    named = {"agent": rules.agent, "key": key, "digest": key.partition(".")[0], "run": run}
     draft = Draft(
-        event_id=derived_id("event", tenant, policy_stream(agent), EventType.POLICY_CHANGED, key),
-        stream=policy_stream(agent),
+        event_id=derived_id("event", attempt.tenant, stream, EventType.POLICY_CHANGED, key),
+        stream=stream,
         type=EventType.POLICY_CHANGED,
         actor_kind="worker",
         actor_ref="act",
         correlation_id=run,
-        body={"agent": agent, "key": key, "digest": digest, "run": run} | body,
+        body=named | body,
     )
-    wish = Append(tenant=tenant, stream=draft.stream, expected=rules.version, drafts=(draft,))
-    if not append_in(link, wish, now).won:
-        raise PreconditionLost(f"{GATE_POLICY}: the policy of {agent} is being changed by somebody else")
-    return entries_in(link, tenant, draft.stream, rules.version)[0]
+    wish = Append(tenant=attempt.tenant, stream=stream, expected=rules.version, drafts=(draft,))
+    if not append_in(link, wish, attempt.now).won:
+        raise PreconditionLost(
+            f"{GATE_POLICY}: the policy of {rules.agent} is being changed by somebody else"
+        )
+    return entries_in(link, attempt.tenant, stream, rules.version)[0]
 
 
-def _reserved_by(link: Connection, tenant: str, key: str, now: datetime) -> str:
+def _reserved_by(link: Connection, attempt: Attempt) -> str:
     """The run whose attempt holds the key of this tenant; the gate was asked in that transaction."""
-    row = link.execute(select(EFFECT).where(EFFECT.c.tenant == tenant, EFFECT.c.key == key)).first()
+    mine = (EFFECT.c.tenant == attempt.tenant) & (EFFECT.c.key == attempt.key)
+    row = link.execute(select(EFFECT).where(mine)).first()
     if row is None or row.state != Held.RESERVED:
-        raise PolicyDenied(f"action {key}: no attempt of this tenant holds it")
-    if now >= from_micros(row.deadline):
-        raise ConnectorUnavailable(f"action {key}: the attempt's deadline has passed; nothing was changed")
+        raise PolicyDenied(f"action {attempt.key}: no attempt of this tenant holds it")
+    if attempt.now >= attempt.deadline:
+        raise ConnectorUnavailable(f"action {attempt.key}: its deadline has passed; nothing was changed")
     return str(row.workflow_id)
 
 
