@@ -103,7 +103,11 @@ async def _open_run(client: Client, request: Request, run_id: str) -> WorkflowHa
 async def answer(
     client: Client, run_id: str, kind: Kind, message: dict[str, Any], patience: timedelta
 ) -> Judged:
-    """Answer an intent and learn whether it counted."""
+    """Answer an intent and learn whether it counted.
+
+    One that ends the run may be lost with its task after it was logged (see `insisting`). It counts then,
+    though what comes back says that the run has ended: ask the ledger, as `countersign reject` does.
+    """
     handle, update = client.get_workflow_handle(run_id), f"answer-{uuid.uuid4()}"
     return await insisting(
         lambda: handle.execute_update(
