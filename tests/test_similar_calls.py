@@ -25,7 +25,7 @@ from models.inference import Call, Completion, DataClass, Grant, Message, Prompt
 from models.ledger import EventType
 from models.orders import RouteOrder
 from models.settings import EmbeddingSettings, Settings, TaskSettings, TierSettings
-from models.similar import explores
+from models.similar import MOST_COMPARED, explores
 from models.visibility import Role
 from scripts.commands.route import explained, show
 from scripts.commands.session import Session
@@ -204,6 +204,15 @@ async def test_some_calls_ask_all_the_same_and_are_compared(database):
     (right, wrong), asked = await tallies(database), desk.calls
     assert not (await desk.ask("the parcel please", EXPLORING)).cached
     assert (await tallies(database), desk.calls) == ((right + 1, wrong), asked + 1)
+
+
+async def test_beyond_a_number_older_comparisons_count_half_and_are_rounded_against_us(database):
+    desk = Desk(database)
+    await desk.learn()
+    full = update(TALLY).values(rights=MOST_COMPARED, wrongs=3)
+    await database.write(lambda link: link.execute(full))
+    await desk.ask("the parcel please", EXPLORING)
+    assert await tallies(database) == ((MOST_COMPARED + 1) // 2, 2)
 
 
 async def test_identical_calls_that_come_together_are_each_put_on_record(database):
