@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import signal
@@ -296,6 +297,14 @@ LIES: dict[str, tuple[Answer, AlertKind]] = {
     "in the future": (lambda body: line(body, timedelta(days=1)), AlertKind.LIED),
     "in the past": (lambda body: line(body, timedelta(days=-1)), AlertKind.LIED),
     "yes and nothing": (lambda body: httpx.Response(200, text=""), AlertKind.LIED),
+    "packed": (
+        lambda body: httpx.Response(
+            200,
+            headers={"Content-Encoding": "gzip"},
+            stream=httpx.ByteStream(gzip.compress(b"x" * 10_000_000)),
+        ),
+        AlertKind.LIED,
+    ),
     "not text": (lambda body: httpx.Response(200, content=b"\xff\xfe\0"), AlertKind.LIED),
     "too much": (lambda body: httpx.Response(200, content=b"x" * 100_000), AlertKind.REFUSED),
     "somewhere else": (
@@ -531,6 +540,8 @@ def test_settings_name_co_signers_by_address_and_key() -> None:
     false = CosignerSettings(url=one.url, key=str(WITNESS).replace("w+", "v+"))
     with pytest.raises(InvalidInput, match="witness key"):
         RemoteCosigner(false, clock)
+    with pytest.raises(InvalidInput, match="ledger.cosigners"):
+        RemoteCosigner(CosignerSettings(url="http://[::1", key=one.key), clock)
 
 
 # The command line.

@@ -21,13 +21,14 @@ from activities.services.cosignatures import WitnessKey, body_of, cosigned_at
 from activities.services.database import Database, insert_for
 from activities.services.notes import Tree
 from models.cosigners import CosignerSettings
-from models.errors import LedgerBroken
+from models.errors import InvalidInput, LedgerBroken
 from models.tables import Cosignature, table
 
 COSIGNED = table(Cosignature)
 ATTEMPTS = 10
 """Other processes of ours ask too, and each cosignature moves the co-signer on."""
 LIMIT_BYTES = 64 * 1024
+PLAIN = {"Accept-Encoding": "identity"}
 SKEW = timedelta(minutes=5)
 """How far a co-signer's clock may be from ours."""
 log = logging.getLogger(__name__)
@@ -87,10 +88,13 @@ class RemoteCosigner:
         """Asks nothing yet.
 
         Raises:
-            InvalidInput: its key is none.
+            InvalidInput: its key or its address is none.
         """
         self.key = WitnessKey.parse(settings.key)
-        self._url = f"{settings.url.rstrip('/')}/add-checkpoint"
+        try:
+            self._url = httpx.URL(f"{settings.url.rstrip('/')}/add-checkpoint")
+        except (httpx.InvalidURL, ValueError):
+            raise InvalidInput.field("ledger.cosigners", settings.url, "write https://HOST/PATH") from None
         self._seconds, self._clock, self._transport = settings.timeout_seconds, clock, transport
 
     @property
@@ -109,16 +113,18 @@ class RemoteCosigner:
         try:
             async with asyncio.timeout(self._seconds):
                 status, text = await self._post(request)
-        except (TimeoutError, httpx.HTTPError, OSError) as error:
+        except (TimeoutError, httpx.HTTPError, OSError, ValueError) as error:
             return self.alert(AlertKind.UNREACHABLE, f"it does not answer ({type(error).__name__})")
         return self._read(status, text, note)
 
     async def _post(self, request: bytes) -> tuple[int, str]:
         async with (
             httpx.AsyncClient(trust_env=False, timeout=self._seconds, transport=self._transport) as client,
-            client.stream("POST", self._url, content=request) as response,
+            client.stream("POST", self._url, content=request, headers=PLAIN) as response,
         ):
             data = bytearray()
+            if "Content-Encoding" in response.headers:
+                return response.status_code, ""  # Nobody asked for it, and what unfolds has no limit.
             async for part in response.aiter_bytes():
                 data += part
                 if len(data) > LIMIT_BYTES:

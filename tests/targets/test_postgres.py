@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from activities.services.checkpoints import Checkpoints
 from activities.services.content import ContentStore, guard
+from activities.services.cosigning import RemoteCosigner, cosignatures
 from activities.services.database import Database
 from activities.services.erasure import Erasure
 from activities.services.ledger_store import LedgerStore
@@ -32,6 +33,7 @@ from scripts.bench.ledger import check, killed
 from tests.conftest import a_key, note, settings_for, stack_of
 from tests.ledgers import TENANT, fill
 from tests.test_ledger_tree import draft
+from tests.test_witness_asked import House
 
 pytest.importorskip("psycopg")
 pytestmark = pytest.mark.real
@@ -96,7 +98,21 @@ async def test_a_signed_log_is_sound(database: Database) -> None:
     assert (report.status, report.signed, report.findings) == ("sound", 28, ())
 
 
-@pytest.mark.parametrize("table", ["event", "merkle_node", "checkpoint"])
+async def test_cosignatures_are_kept_beside_a_checkpoint(database: Database, tmp_path: Path) -> None:
+    house = House(tmp_path / "witness", "w1")
+    await house.open()
+    await fill(database, 1, first=90)
+    private = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    asked = [RemoteCosigner(house.settings, lambda: datetime.now(UTC))]
+    written = await Checkpoints(database, private, "countersign", (), asked).write(TENANT)
+    await house.close()
+    assert written is not None
+    assert (written.alerts, written.cosigned_by) == ((), ("cosigner:w1",))
+    kept = await database.read(lambda link: cosignatures(link, TENANT))
+    assert [len(lines) for lines in kept.values()] == [1]
+
+
+@pytest.mark.parametrize("table", ["event", "merkle_node", "checkpoint", "cosignature"])
 @pytest.mark.parametrize("change", ["UPDATE {} SET log_id = log_id", "DELETE FROM {}", "TRUNCATE {}"])
 async def test_rows_of_the_ledger_are_only_added(database: Database, table: str, change: str) -> None:
     assert await _rows(database, table), "the tests before this one have written some"
