@@ -43,7 +43,7 @@ from models.policy import GATE_POLICY, OUTDATED, POLICY_AGENT, AgentPolicy, Poli
 from tests.intents import START, a_stream, an_intent, ref
 
 HOUR = timedelta(hours=1)
-MANY = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+MANY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 CONNECTORS, OPERATIONS = ("null", "site"), ("note", "publish")
 FILE = AgentPolicy(connectors=CONNECTORS)
 LIMITS = st.builds(

@@ -130,6 +130,7 @@ async def test_what_people_approved_again_and_again_may_pass_alone_until_one_is_
     }
     rules = json.loads((await command(stack, "policy", "show", "external", "--json")).stdout)
     assert (rules[0]["source"], rules[0]["autonomy"]["grants"]) == ("narrowed", [])
+    assert await verified(stack) == ("sound", 0)
 
 
 async def a_change(stack: Stack, key: Path, **more: Any) -> None:
