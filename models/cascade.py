@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import accumulate, pairwise
 
-from models.calibration import WHOLE, Odds, Steps, chance, share
+from models.calibration import WHOLE, Odds, Step, Steps, chance, share
 from models.inference import Bar
 
 Rank = tuple[bool, Decimal]
@@ -31,15 +31,19 @@ class Rung:
     unusable: int = 0
     """How many of a thousand answers cannot be used whatever their confidence."""
     milliseconds: int | None = None
+    silent: bool = False
+    """Its server was seen to give no confidence, so that none of its answers can be doubted."""
 
     @property
     def own(self) -> Steps:
         """How often it is right, by its confidence; nothing if that is not known."""
-        return self.odds.own if self.odds is not None else ()
+        known = self.odds.own if self.odds is not None else ()
+        return _one(known) if self.silent else known
 
     def after(self, low: Rung) -> Steps:
         """How often it is right with what another was asked first, by the confidence of that one."""
-        return self.odds.after.get(low.model or "", ()) if self.odds is not None else ()
+        known = self.odds.after.get(low.model or "", ()) if self.odds is not None else ()
+        return _one(known) if low.silent else known
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ def ranks(rungs: Sequence[Rung], terms: Terms) -> dict[str, Rank]:
 
 def bar_of(low: Rung, high: Rung, terms: Terms) -> Bar | None:
     """Below which confidence an answer is passed on to the next tier; `None` takes every usable one."""
-    if low.model is None or _is_late(low, high, terms):
+    if low.model is None or low.silent or _is_late(low, high, terms):
         return None
     if terms.both:
         return Bar(tier=low.tier, model=low.model, confidence=WHOLE + 1)
@@ -91,6 +95,14 @@ def unsure(bar: Bar | None, tier: str, model: str, confidence: int | None) -> bo
     if bar is None or confidence is None or (bar.tier, bar.model) != (tier, model):
         return False
     return confidence < bar.confidence
+
+
+def _one(steps: Steps) -> Steps:
+    """All steps in one, for answers whose confidence nobody hears."""
+    if not steps:
+        return ()
+    right, count, seen = (sum(getattr(one, name) for one in steps) for name in ("right", "count", "seen"))
+    return (Step(least=0, right=right, count=count, seen=seen, expected=share(steps)),)
 
 
 def _by_unusable(rungs: Sequence[Rung]) -> dict[str, Rank]:

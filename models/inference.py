@@ -289,6 +289,8 @@ class Grant(Frozen):
     """1 goes first."""
     weigh: Weigh | None = None
     """Set where the model is to say how sure it is, for the calibration."""
+    silent: tuple[Name, ...] = ()
+    """Tiers that are not asked how sure they are, for their servers were seen not to say."""
     bar: Bar | None = None
     similar: Weigh | None = None
     """Set where it may get what a similar call got, which is then put on record with its route."""

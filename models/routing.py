@@ -57,6 +57,7 @@ class Telemetry(Frozen):
     context_tokens: int | None = None
     """As probed; less than the settings say counts."""
     structured: bool | None = None
+    logprobs: bool | None = None
     """As probed."""
     held: bool = False
     """Another model than the accepted one answers there."""
@@ -301,7 +302,7 @@ class _Choice:
             return None
         micros, again = Decimal(expected.amount) * MILLION, known.measured.escalated_permille or 0
         took = predicted_milliseconds(expected.milliseconds, known)
-        return Rung(name, micros, known.model, known.odds, again, took)
+        return Rung(name, micros, known.model, known.odds, again, took, known.logprobs is False)
 
     def _terms(self) -> Terms:
         within = None if self.queued else self.needs.within_milliseconds
@@ -479,9 +480,7 @@ def averaged(costs: Iterable[Cost]) -> Measured:
         return Measured()
     currencies = {cost.currency for cost in seen}
     amounts = [cost.amount for cost in seen]
-    amount = None
-    if len(currencies) == 1 and None not in currencies:
-        amount = _mean_amount(amounts)
+    amount = _mean_amount(amounts) if len(currencies) == 1 and None not in currencies else None
     return Measured(
         calls=len(seen),
         milliseconds=_mean([cost.milliseconds for cost in seen]),

@@ -20,8 +20,9 @@ from activities.services.content import ContentStore, get_blob
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate
+from activities.services.probe import Probes
 from activities.services.router import Answerer
-from activities.services.routes import Routes, wish_of
+from activities.services.routes import Measurements, Routes, wish_of
 from activities.services.till import Till
 from activities.tiers.scripted import Scripted
 from models.budget import Budget
@@ -42,7 +43,7 @@ from models.calibration import (
 from models.cascade import Rung, Terms, bar_of, is_calibrated, ranks, unsure
 from models.errors import TierUnavailable
 from models.gate import Kind
-from models.inference import Bar, Call, Completion, Message, Needs, Prompt, Task, TokenChance
+from models.inference import Bar, Call, Completion, Grant, Message, Needs, Probed, Prompt, Task, TokenChance
 from models.ledger import Draft, EventType, calibration_stream
 from models.loop import Request, Status
 from models.orders import RouteOrder
@@ -53,6 +54,7 @@ from scripts.bench.tiers import played, wilson
 from scripts.cli import app
 from scripts.commands.route import explained, show
 from scripts.commands.session import Session
+from scripts.commands.tiers import show_silent
 from temporal.client import submit
 from tests.conftest import ROLES, a_key, settings_for, stack_of
 from tests.test_agents_content import BRIEF, copywriter
@@ -304,6 +306,19 @@ def test_what_the_next_tier_makes_of_doubtful_calls_decides_and_not_what_it_make
     assert bar_of(small, stuck, Terms(wrong=100)) is None
 
 
+def test_a_tier_that_gives_no_confidence_is_weighed_as_a_whole_and_has_no_bar():
+    odds = Odds(own=steps(970), after={"small-1": steps(900, 990)})
+    large = Rung("large", Decimal(10), "large-1", odds)
+    for silent, bar in ((False, Bar(tier="small", model="small-1", confidence=200)), (True, None)):
+        small = rung("small", 1, 200, 900, silent=silent)
+        assert bar_of(small, large, Terms(wrong=100)) == bar
+    made = ranks([small, large], Terms(wrong=100))
+    # 55 of 100 are right, and nobody knows which; with the large one it is 94.5.
+    assert made["small"][1] == Decimal(1 + 45)
+    assert made["large"][1] == Decimal("15.5")
+    assert bar_of(small, large, Terms(both=True)) is None
+
+
 def test_nothing_is_doubted_without_the_price_of_an_error_without_figures_or_without_time():
     small = rung("small", 1, 200, 900, milliseconds=300)
     large = rung("large", 10, 950, milliseconds=800)
@@ -523,6 +538,7 @@ class Desk:
         content, ledger = ContentStore(database), LedgerStore(database, self.now)
         self.ledger, self.calibrations = ledger, Calibrations(database, self.now)
         cache = Cache(database, self.now)
+        self.probes = Probes(Measurements(database, TIERS, self.now))
         self.small = Scripted("small", small)
         self.large = Scripted("large", lambda _: saying("l-1", None))
         self.routes = Routes(
@@ -534,6 +550,7 @@ class Desk:
             clock=self.now,
             wanted={"draft": wanted},
             budgets=[Budget(amount="1", currency="EUR")],
+            sensing=self.probes,
             cache=cache,
             calibrated=self.calibrations,
         )
@@ -626,6 +643,37 @@ async def test_a_tier_that_gives_no_confidence_is_never_doubted(database):
     await desk.keep(FITS)
     _, answers = await desk.ask("1")
     assert [(one.tier, one.confidence) for one in answers] == [("small", None)]
+
+
+async def test_a_tier_whose_probe_found_no_logprobs_is_not_asked_for_any_and_explain_says_so(
+    database, capsys
+):
+    desk = Desk(database, [saying("s-1", UNSURE)])
+    await desk.measured()
+    await desk.keep(FITS)
+    desk.probes.found(Probed(tier="small", reachable=True, logprobs=False))
+    desk.probes.found(Probed(tier="large", reachable=True, logprobs=True))
+    routed, answers = await desk.ask("1")
+    assert (routed.grant.silent, routed.route.bar) == (("small",), None)
+    assert [one.tier for one in answers] == [routed.route.tiers[0]]
+    call = Call(task="draft", params={"n": "2"})
+    for name, server, asked in (("small", desk.small, False), ("large", desk.large, True)):
+        await desk.answerer.answer("acme", call, name, Grant(weigh=routed.grant.weigh, silent=("small",)))
+        assert server.prompts[-1].logprobs is asked
+    (found,) = await explained(Session(Settings(tenant="acme"), database), "1")
+    show(found)
+    printed = capsys.readouterr().out
+    assert "small: its server gives no logprobs; none of its answers is doubted" in printed
+    assert "large: its server" not in printed
+    assert "replay: the same decision" in printed
+
+
+def test_the_table_of_tiers_names_those_without_logprobs_where_a_task_needs_them(capsys):
+    found = [Probed(tier=name, reachable=True, logprobs=says) for name, says in (("a", False), ("b", None))]
+    show_silent(found, ["draft", "a title"])
+    assert capsys.readouterr().out == "a: no logprobs; none of its answers is doubted (a title, draft)\n"
+    show_silent(found, [])
+    assert capsys.readouterr().out == ""
 
 
 async def test_a_task_without_the_price_of_an_error_is_neither_asked_for_confidence_nor_recorded(database):

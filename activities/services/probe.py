@@ -184,7 +184,8 @@ class Probes:
         probed = self._found.get(name)
         change: dict[str, Any] = {"held": known.held or name in self._held}
         if probed is not None:
-            seen = {"context_tokens": probed.context_tokens, "structured": probed.structured}
+            names = ("context_tokens", "structured", "logprobs")
+            seen = {key: getattr(probed, key) for key in names}
             change |= {key: value for key, value in seen.items() if value is not None}
             # A call on record is later than the probe.
             change["model"] = known.model or probed.model

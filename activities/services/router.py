@@ -361,7 +361,7 @@ class Answerer:
         door = self._doors[tier]
         if tried.grant.deadline is not None and self._clock() >= tried.grant.deadline:
             raise DeadlineMissed(f"{tried.question.task.name}: its deadline has passed; allow more time")
-        if tried.grant.weigh is not None:
+        if tried.grant.weigh is not None and tier not in tried.grant.silent:
             prompt = prompt.model_copy(update={"logprobs": True})
         try:
             # A server's prefix cache must not tell one tenant what another one asks.

@@ -370,6 +370,7 @@ class Routes:
                 priority=wanted.priority,
                 weigh=_weigh(wanted, order),
                 bar=record.route.bar,
+                silent=tuple(one for one in record.route.tiers if record.snapshot.of(one).logprobs is False),
                 similar=_similar(self._task(order.call.task), wanted, order),
             ),
         )

@@ -166,6 +166,8 @@ def show(one: Explained) -> None:
         out.print(
             f"{bar.tier}: an answer of {bar.model} below {bar.confidence} of 1000 goes on to the next tier"
         )
+    for name in _silent(record):
+        out.print(f"{name}: its server gives no logprobs; none of its answers is doubted")
     for account in record.snapshot.accounts:
         out.print(f"budget {account.name}: {account.left / 1e6:.6f} of {account.cap / 1e6:.6f} were left")
     if record.refusal:
@@ -175,6 +177,13 @@ def show(one: Explained) -> None:
     for given in one.similar:
         out.print(_given(given), soft_wrap=True)
     out.print(f"replay: {one.replay}", style="dim")
+
+
+def _silent(record: RouteRecord) -> list[str]:
+    """Tiers of a weighed call that cannot say how sure they are."""
+    if record.wrong is None and not record.both:
+        return []
+    return [name for name in record.route.tiers if record.snapshot.of(name).logprobs is False]
 
 
 def _given(given: dict[str, Any]) -> str:

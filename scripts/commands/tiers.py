@@ -37,12 +37,14 @@ def table(ctx: typer.Context, as_json: Json = False) -> None:
     """
     if ctx.invoked_subcommand is not None:
         return
-    settings = config.load().tiers
+    known = config.load()
+    settings = known.tiers
     found = asyncio.run(probed(settings))
     if as_json:
         said([each.model_dump(mode="json") for each in found])
     else:
         _show(settings, found)
+        show_silent(found, [name for name, one in known.tasks.items() if one.wrong_costs is not None])
     raise typer.Exit(
         Exit.DONE if all(each.reachable and not each.false for each in found) else Exit.NOT_READY
     )
@@ -166,6 +168,14 @@ def _show(settings: Sequence[TierSettings], found: Sequence[Probed]) -> None:
             out.print(f"{tier.name}: {tier.url} does not answer; start its server, or correct its url")
         for line in each.false:
             out.print(f"{tier.name}: {line}")
+
+
+def show_silent(found: Sequence[Probed], weighed: Sequence[str]) -> None:
+    """Tiers whose answers tasks with `wrong_costs` take without a doubt."""
+    names = ", ".join(sorted(weighed))
+    for each in found:
+        if names and each.logprobs is False:
+            console().print(f"{each.tier}: no logprobs; none of its answers is doubted ({names})")
 
 
 def _row(each: Probed) -> list[str]:
