@@ -101,6 +101,36 @@ class Fit(Frozen):
         return self.count >= ENOUGH
 
 
+class Calibrate(Frozen):
+    """Fit everything again."""
+
+    tenant: Name
+
+
+class Reported(Frozen):
+    """A fit without its steps, which the ledger has."""
+
+    task: Name
+    model: str
+    after: str | None = None
+    count: int
+    trusted: bool
+    before: Spread | None = None
+    held_out: Spread | None = None
+
+    @classmethod
+    def of(cls, fit: Fit) -> Reported:
+        """What is said of a fit."""
+        named = ("task", "model", "after", "count", "trusted", "before", "held_out")
+        return cls(**{name: getattr(fit, name) for name in named})
+
+
+class Calibrated(Frozen):
+    """What came of fitting again, each with its error."""
+
+    fits: tuple[Reported, ...]
+
+
 class Odds(Frozen):
     """What a choice needs of the fits of one model."""
 

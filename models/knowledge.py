@@ -48,6 +48,13 @@ class Warm(Frozen):
     tenant: Name
 
 
+class Chores(Frozen):
+    """What a run of upkeep is for; without anything, to have ready what will be asked for."""
+
+    calibrate: bool = False
+    """Fit again what confidences are worth."""
+
+
 class Warmed(Frozen):
     """How many subjects were looked at, and how many of them had to be made ready."""
 

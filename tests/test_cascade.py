@@ -28,6 +28,7 @@ from activities.tiers.scripted import Scripted
 from models.budget import Budget
 from models.calibration import (
     ENOUGH,
+    Calibrated,
     Fit,
     Judged,
     Odds,
@@ -48,7 +49,14 @@ from models.ledger import Draft, EventType, calibration_stream
 from models.loop import Request, Status
 from models.orders import RouteOrder
 from models.routing import Measured, RoutePolicy, RouteRecord, Snapshot, Telemetry, decide, replayed
-from models.settings import ContentSettings, Settings, SiteSettings, TaskSettings, TierSettings
+from models.settings import (
+    ContentSettings,
+    ScheduleSettings,
+    Settings,
+    SiteSettings,
+    TaskSettings,
+    TierSettings,
+)
 from scripts.bench._simulated import LEVELS, World
 from scripts.bench.tiers import played, wilson
 from scripts.cli import app
@@ -56,9 +64,11 @@ from scripts.commands.route import explained, show
 from scripts.commands.session import Session
 from scripts.commands.tiers import show_silent
 from temporal.client import submit
+from temporal.schedules import Schedules
 from tests.conftest import ROLES, a_key, settings_for, stack_of
 from tests.test_agents_content import BRIEF, copywriter
 from workers.compose import Parts
+from workers.registry import scheduled
 
 NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
 
@@ -743,6 +753,43 @@ def test_the_command_fits_and_says_what_a_confidence_is_worth(tmp_path):
     assert "100.0 %" in shown.output
     (fit,) = json.loads(CliRunner().invoke(app, ["tiers", "calibrate", "--json"], env=env).output)
     assert (fit["task"], fit["count"], fit["people"], fit["trusted"]) == ("draft", 60, 60, True)
+
+
+async def test_a_schedule_calibrates_and_the_error_is_on_record(temporal, tmp_path):
+    settings = settings_for(temporal, tmp_path, tenant=f"t{a_key()}")
+    async with stack_of(settings) as stack:
+        tenant = settings.tenant
+        for place in range(60):
+            run, right = str(place), place % 3 > 0
+            kind, body = answer(said=700, route=f"r{run}")
+            verdict = {"kind": Kind.APPROVE if right else Kind.REJECT}
+            events = ((kind, body), (EventType.VERDICT, verdict), (EventType.OUTCOME, {"status": "executed"}))
+            for number, (of, said) in enumerate(events):
+                who = {"actor_kind": "system", "actor_ref": "router"}
+                draft = Draft(
+                    event_id=f"{run}/{number}", stream=run, correlation_id=run, type=of, body=said, **who
+                )
+                await stack.ledger.add(tenant, draft)
+        schedules = Schedules(stack.client, tenant, settings.temporal)
+        hourly = ScheduleSettings(
+            name="calibrate", agent="upkeep", cron="0 * * * *", body={"calibrate": True}
+        )
+        await schedules.apply((hourly,), scheduled())
+        handle = schedules.handle("calibrate")
+        await handle.trigger()
+        async with asyncio.timeout(120):
+            while not (runs := (await handle.describe()).info.recent_actions):
+                await asyncio.sleep(0.02)
+            started = stack.client.get_workflow_handle(
+                runs[0].action.workflow_id, run_id=runs[0].action.first_execution_run_id
+            )
+            (said,) = Calibrated.model_validate(await started.result()).fits
+        await schedules.apply((), scheduled())
+        (event,) = await stack.ledger.of_run(tenant, calibration_stream("draft"))
+    assert (said.task, said.model, said.count, said.trusted) == ("draft", "s-1", 60, True)
+    (fit,) = [Fit.model_validate(one) for one in event.body["fits"]]
+    assert (fit.before, fit.held_out) == (said.before, said.held_out)
+    assert fit.before.permille == 33
 
 
 async def test_a_run_asks_on_where_an_answer_is_doubted_and_keeps_it_where_nobody_else_answers(

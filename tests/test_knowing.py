@@ -210,4 +210,9 @@ async def test_upkeep_refuses_what_is_no_request(stack: Stack) -> None:
     request = Request(tenant=stack.settings.tenant, agent="upkeep", key=a_key(), body=json.dumps({}))
     done = await stack.client.execute_workflow("upkeep", request, id=a_key(), task_queue="decide")
     assert Warmed.model_validate(done).subjects == 2
+    for body in ('{"calibarte": true}', "calibrate"):
+        odd = request.model_copy(update={"body": body})
+        with pytest.raises(WorkflowFailureError) as failure:
+            await stack.client.execute_workflow("upkeep", odd, id=a_key(), task_queue="decide")
+        assert '{"calibrate": true}' in str(failure.value.cause)
     assert Warm(tenant="default").tenant == "default"

@@ -24,6 +24,7 @@ from activities.amendments import Amending
 from activities.approvals import Approvals
 from activities.beliefs import Believing
 from activities.calendar import Planning
+from activities.calibrating import Calibrating
 from activities.connectors.base import Connector
 from activities.connectors.gate_policy import GatePolicy
 from activities.connectors.git_site import GitSite
@@ -194,7 +195,7 @@ class _Composer:
             *(routing.route, routing.fell, external.read_proposal),
             Amending(self._content).read_amendment,
             *(believing.own, believing.deliver, believing.read),
-            *(knowledge.know, knowledge.prewarm),
+            *(knowledge.know, knowledge.prewarm, Calibrating(Calibrations(database, utc_now)).calibrate),
             *(drafting.open_brief, drafting.assemble, drafting.compose, drafting.nothing),
             *(planning.open_week, planning.gather, planning.choose),
             *self._parts.activities,

@@ -63,17 +63,18 @@ class Calibrations:
 
     async def refit(self, tenant: str) -> tuple[Fit, ...]:
         """Fit everything again from the ledger, and put on record what has changed."""
-        return await self._database.write(lambda link: self._refitted(link, tenant))
+        # Nobody else's writing waits while this reads and fits.
+        fits = await self._database.read(lambda link: fits_of(newest(judged_of(_told(link, tenant)))))
+        await self._database.write(lambda link: self._keep_all(link, tenant, fits))
+        self._known.clear()
+        return fits
 
-    def _refitted(self, link: Connection, tenant: str) -> tuple[Fit, ...]:
-        fits = fits_of(newest(judged_of(_told(link, tenant))))
+    def _keep_all(self, link: Connection, tenant: str, fits: Iterable[Fit]) -> None:
         tasks: dict[str, list[Fit]] = defaultdict(list)
         for fit in fits:
             tasks[fit.task].append(fit)
         for task, mine in tasks.items():
             self._keep(link, tenant, task, mine)
-        self._known.clear()
-        return fits
 
     def _keep(self, link: Connection, tenant: str, task: str, fits: list[Fit]) -> None:
         stream = calibration_stream(task)
