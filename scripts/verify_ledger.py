@@ -490,7 +490,7 @@ class Check:
             self._find(f"the log ends at {self.size}, the note given covers {size}: it was cut")
         if header is None:
             self.gaps.append("the export has no beginning")
-        elif (header["size"], header["root"]) != (self.size, root):
+        elif (header.get("size"), header.get("root")) != (self.size, root):
             self._find(f"the log ends at {self.size} events, not as its beginning says", self.matched + 1)
         self.wrong += self.conduct.unordered()
         if not self.keys:

@@ -208,6 +208,15 @@ def test_any_single_change_to_an_export_is_found_by_both(
     assert theirs(lines, log)[0] != 0
 
 
+@pytest.mark.parametrize("name", ["format", "origin", "size", "root"])
+def test_a_beginning_without_one_of_its_fields_is_found_by_both(log: Log, name: str) -> None:
+    first = json.loads(log.lines[0])
+    del first[name]
+    lines = [json.dumps(first), *log.lines[1:]]
+    assert ours(lines, log).status != "sound"
+    assert theirs(lines, log)[0] != 0
+
+
 def _only_lost_last_note(lines: list[str], log: Log) -> bool:
     """A checkpoint less takes nothing away from what the note kept outside says."""
     return [line for line in log.lines if line not in lines and line.startswith('{"checkpoint')] != [] and [
