@@ -1,9 +1,10 @@
 """Random requests over random faults: `python -m scripts.bench constraints --examples 1000000`.
 
 Each request is routed, asked, and led through whatever its faults lead to: fallback, doubt and the next tier,
-repair, an open breaker, the cache, the queue, and a caller that names a tier the router did not. What a model
-server receives is held against the request's own truth by rules written here once more, not by those under
-test. Prints one JSON object; a single violation fails.
+repair, an open breaker, the cache, the queue, placeholders, a caller that names a tier the router did not.
+What a model server receives is held against the request's own truth by rules written here once more, not by
+those under test. Servers repeat what they were told, so that an answer shows whether it was restored. Prints
+one JSON object; a single violation fails.
 """
 
 from __future__ import annotations
@@ -15,16 +16,12 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from activities.services.breaker import Breakers
-from activities.services.cache import Cache, Key
-from activities.services.database import Database
 from activities.services.router import PROBE, Answerer
 from models.budget import Account
 from models.calibration import Odds, Step
@@ -46,30 +43,35 @@ from models.inference import (
     Completion,
     DataClass,
     Grant,
-    Message,
     Prompt,
     Route,
-    Task,
     TokenChance,
     Weigh,
 )
-from models.loop import Ref
 from models.routing import Measured, Snapshot, Telemetry, Wish, decide, needs_of
 from models.settings import TaskSettings, TierSettings
 from models.visibility import infer_queue
+from scripts.bench._asking import NOW, TASKS, Kept, Shelf, note_in
 
 CLASSES = tuple(DataClass)
+LIKELY = dict.fromkeys(CLASSES, 0.8) | {DataClass.PERSONAL: 0.5}
+"""Chances that a tier may see a class."""
 REGIONS = (None, None, None, "eu", "us")
 FAULTS = (*(None,) * 12, RateLimited, TierUnavailable, OutputInvalid, InvalidInput, CredentialsRejected)
 GO_ON = (RateLimited, TierUnavailable, OutputInvalid, CredentialsRejected)
 PER_WORLD = 40
-SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
-PERSONAL = ("ask ann@example.org", "call +49 30 1234567", "from 203.0.113.7")
+PERSONAL = {
+    "ask ann@example.org": ("ann@example.org",),
+    "call +49 30 1234567": ("+49 30 1234567",),
+    "from 203.0.113.7": ("203.0.113.7",),
+    "tell bob@example.org what ann@example.org said": ("bob@example.org", "ann@example.org"),
+    "the mark ⟦EMAIL_1⟧ is not ann@example.org": ("ann@example.org",),
+}
+"""Notes, and what of each must not be seen by everybody."""
 PLAIN = ("a kettle", "two bicycles", "opening hours")
-NOW = datetime(2026, 5, 4, tzinfo=UTC)
 PATHS = (
     *("first", "fallback", "doubted", "repaired", "cached", "queued"),
-    *("named by the caller", "refused", "failed"),
+    *("redacted", "named by the caller", "refused", "failed"),
 )
 
 
@@ -82,6 +84,9 @@ class Truth:
     region: str | None
     structured: bool
     pin: str | None
+    note: str = ""
+    said: DataClass = DataClass.PUBLIC
+    """The class that the caller declared."""
 
 
 @dataclass
@@ -95,46 +100,6 @@ class Violations:
     def note(self, text: str) -> None:
         """Something reached what it must not."""
         self.found = (*self.found, text)[:20]
-
-
-class Kept(Cache):
-    """The cache with its rules and keys, but without a database."""
-
-    def __init__(self) -> None:
-        """Nothing is kept yet."""
-        super().__init__(Database("sqlite://"), lambda: NOW)
-        self.answers: dict[Key, Answered] = {}
-
-    async def get(self, key: Key) -> Answered | None:
-        """As kept."""
-        kept = self.answers.get(key)
-        return kept.model_copy(update={"cached": True}) if kept is not None else None
-
-    async def once(self, key: Key, make: Callable[[], Awaitable[Answered]]) -> Answered:
-        """Keep what is made."""
-        made = await super().once(key, make)
-        if not made.unsure:
-            self.answers[key] = made
-        return made
-
-
-class Shelf:
-    """A content store of references."""
-
-    def __init__(self) -> None:
-        """Nothing is kept yet."""
-        self.number = 0
-
-    async def text(self, tenant: str, ref: Ref) -> str:
-        """Texts travel as params here."""
-        raise KeyError(ref.digest)
-
-    async def put(
-        self, tenant: str, data: bytes, media_type: str = "text/plain", subject: str | None = None
-    ) -> Ref:
-        """Every answer gets a name of its own."""
-        self.number += 1
-        return Ref(digest=f"{self.number:064x}", size=len(data))
 
 
 class Server:
@@ -155,7 +120,7 @@ class Server:
             raise fault(f"{self.name}: told to")
         broken = self._world.random.random() < 0.2
         return Completion(
-            text="{}" if broken else '{"a": "b"}',
+            text=json.dumps({"b" if broken else "a": note_in(prompt)}, ensure_ascii=False),
             finish="stop",
             prompt_tokens=10,
             completion_tokens=5,
@@ -174,26 +139,6 @@ class Server:
         """Nothing to give back."""
 
 
-def _content_with_anything(
-    text: str, inputs: Mapping[str, str], params: Mapping[str, str | int]
-) -> tuple[str, ...]:
-    return ()
-
-
-def a_task(name: str, structured: bool) -> Task:
-    """A task whose prompt is as long as its params say."""
-
-    def build(inputs: Mapping[str, str], params: Mapping[str, str | int]) -> Prompt:
-        content = str(params["note"]) + " word" * int(params["words"])
-        schema = SCHEMA if structured else None
-        return Prompt(messages=(Message(role="user", content=content),), answer_schema=schema, max_tokens=20)
-
-    return Task(name, "small", structured, build, _content_with_anything, cache_seconds=60)
-
-
-TASKS = {"free": a_task("free", False), "held": a_task("held", True)}
-
-
 class World:
     """Tiers with random limits and what stands behind them."""
 
@@ -202,9 +147,11 @@ class World:
         self.random, self.seen = rng, seen
         names = ("edge", "standard", "large", "far")[: rng.randint(1, 4)]
         self.tiers = tuple(self._tier(name) for name in names)
+        self.redacts = rng.random() < 0.5
         self.seconds = 0.0
         self.truth = Truth("acme", DataClass.PUBLIC, None, False, None)
         self.cache = Kept()
+        self.shelf = Shelf()
         self.made_for: dict[str, Truth] = {}
         self.asked_again = 0
         self.requests = [self._request() for _ in range(10)]
@@ -212,7 +159,8 @@ class World:
             self.tiers,
             {tier.name: Server(tier, self) for tier in self.tiers},
             TASKS,
-            Shelf(),
+            self.shelf,
+            wanted=dict.fromkeys(TASKS, TaskSettings(redact=self.redacts)),
             cache=self.cache,
             breakers=Breakers(lambda: self.seconds, rng.random),
             ticks=lambda: self.seconds,
@@ -227,7 +175,7 @@ class World:
         # One token is at least one byte here: words of letters and spaces.
         words = sum(message.content.count(" word") for message in prompt.messages)
         broken = [
-            (truth.data_class not in tier.data_classes, "data class"),
+            (self._shown(prompt) not in tier.data_classes, "data class"),
             (truth.region is not None and truth.region != tier.region, "region"),
             (truth.structured and not tier.structured, "schema"),
             (truth.pin is not None and truth.pin != tier.name, "pin"),
@@ -236,6 +184,15 @@ class World:
         for is_broken, what in broken:
             if is_broken:
                 self.seen.note(f"{what}: {truth} reached {tier.name}")
+
+    def _shown(self, prompt: Prompt) -> DataClass:
+        """The class of what was sent: without the originals, and where they may be replaced, as declared."""
+        sent, truth = prompt.model_dump_json(), self.truth
+        originals = PERSONAL.get(truth.note, ())
+        if not originals or not self.redacts or any(one in sent for one in originals):
+            return truth.data_class
+        self.seen.reached["redacted"] += 1
+        return truth.said
 
     async def example(self) -> None:
         """One request to its end."""
@@ -284,6 +241,8 @@ class World:
         reached = self.seen.reached
         reached["cached" if answered.cached else "fallback" if number else "first"] += 1
         reached["repaired"] += self.asked_again > before
+        if self.truth.note not in (text := self.shelf.texts[answered.text.digest]):
+            self.seen.note(f"restored: {self.truth} got {text}")
         first = self.made_for.setdefault(answered.text.digest, self.truth)
         same = (first.tenant, first.data_class, first.region, first.structured)
         if same != (self.truth.tenant, self.truth.data_class, self.truth.region, self.truth.structured):
@@ -316,7 +275,7 @@ class World:
         rng = self.random
         said = rng.choice(CLASSES)
         personal = rng.random() < 0.3
-        note = rng.choice(PERSONAL if personal else PLAIN)
+        note = rng.choice(tuple(PERSONAL) if personal else PLAIN)
         call = Call(
             task=rng.choice(("free", "held")),
             params={"note": note, "words": rng.choice((0, 1, 2, 40, 200))},
@@ -324,13 +283,19 @@ class World:
             region=rng.choice(REGIONS),
             pin=rng.choice((None,) * 9 + ("edge",)),
         )
-        wanted = TaskSettings(within_milliseconds=rng.choice((None, 500)), may_queue=rng.random() < 0.5)
+        wanted = TaskSettings(
+            within_milliseconds=rng.choice((None, 500)),
+            may_queue=rng.random() < 0.5,
+            redact=self.redacts,
+        )
         truth = Truth(
             rng.choice(("acme", "other")),
             DataClass.PERSONAL if personal else said,
             call.region,
             call.task == "held",
             call.pin,
+            note,
+            said,
         )
         return call, truth, wanted
 
@@ -378,7 +343,7 @@ class World:
             kind="llama_cpp",
             url="http://127.0.0.1:1",
             region=rng.choice(REGIONS),
-            data_classes=tuple(one for one in CLASSES if rng.random() < 0.8),
+            data_classes=tuple(one for one in CLASSES if rng.random() < LIKELY[one]),
             context_tokens=rng.choice((128, 256, 4096)),
             structured=rng.random() < 0.7,
             **priced,
