@@ -10,6 +10,7 @@ from activities.services.database import Database
 from activities.services.leases import Leases
 from activities.services.migrations import migrate
 from activities.services.tidying import keep_tidy
+from models.errors import DeadlineMissed
 from models.inference import Answered, DataClass, Message, Prompt
 from models.loop import Ref
 from tests.test_cli import offline, run
@@ -186,6 +187,28 @@ async def test_a_failure_is_shared_and_not_kept(cache):
     making = Making()
     making.go.set()
     assert await cache.once(key, making) == ANSWER
+
+
+async def test_a_caller_with_more_time_than_the_first_does_not_share_its_deadline(cache):
+    key, making, begun, late = key_of(SCOPE, PROMPT), Making(), asyncio.Event(), asyncio.Event()
+
+    async def short_of_time():
+        begun.set()
+        await late.wait()
+        raise DeadlineMissed("its deadline has passed")
+
+    first = asyncio.create_task(cache.once(key, short_of_time))
+    await begun.wait()
+    others = [asyncio.create_task(cache.once(key, making)) for _ in range(3)]
+    await asyncio.sleep(0)
+    late.set()
+    making.go.set()
+    with pytest.raises(DeadlineMissed):
+        await first
+    answers = await asyncio.gather(*others)
+    assert [answer.text for answer in answers] == [REF] * 3
+    assert making.calls == 1
+    assert sum(not answer.cached for answer in answers) == 1
 
 
 async def test_expired_answers_are_swept_away_until_the_loop_is_told_to_stop(database, clock):

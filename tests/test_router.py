@@ -569,9 +569,8 @@ def shipped(database, script, made=None, **more):
         {"edge": scripted},
         {"title": made or task()},
         ContentStore(database),
-        till=Till(database, lambda: NOON),
         clock=lambda: NOON,
-        **{"cache": Cache(database, lambda: NOON)} | more,
+        **{"till": Till(database, lambda: NOON), "cache": Cache(database, lambda: NOON)} | more,
     )
     return answerer, scripted
 
@@ -663,6 +662,87 @@ async def test_a_caller_that_looked_before_an_identical_answer_was_kept_does_not
     other_is_done.set()
     assert {(await first).text, (await second).text} == {(await first).text}
     assert len(scripted.prompts) == 1
+
+
+class Slow:
+    """A tier that answers when it is told to, and takes its time to be cut off."""
+
+    name = "edge"
+
+    def __init__(self):
+        self.asked, self.go, self.calls = asyncio.Event(), asyncio.Event(), 0
+
+    async def complete(self, prompt):
+        self.calls += 1
+        self.asked.set()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            raise
+        return completion("x")
+
+
+def slowly(database, till=None):
+    slow = Slow()
+    wanted = {"title": TaskSettings(cache_seconds=60)}
+    answerer, _ = shipped(database, [], wanted=wanted, till=till or Till(database, lambda: NOON))
+    answerer._endpoints["edge"] = slow
+    return answerer, slow
+
+
+async def an_hour_passes():
+    """On this loop's clock, by which deadlines are kept."""
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    loop.time = lambda: time() + 3600
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    loop.time = time
+
+
+async def test_money_of_a_caller_that_gave_up_is_held_while_others_wait_for_what_it_asked(database):
+    answerer, slow = slowly(database)
+    grant = (await granted(database)).model_copy(update={"deadline": NOON + timedelta(minutes=30)})
+    first = asyncio.create_task(ask(answerer, grant))
+    await slow.asked.wait()
+    other = asyncio.create_task(ask(answerer))
+    while [flight.waiting for flight in answerer._cache._flights.values()] != [2]:
+        await asyncio.sleep(0)
+    await an_hour_passes()
+    with pytest.raises(DeadlineMissed):
+        await first
+    assert await booked(database) == (10_000, 0)
+    slow.go.set()
+    assert (await other).cached
+    assert await booked(database) == (0, 5)
+    assert slow.calls == 1
+
+
+async def test_what_a_call_took_that_was_cut_off_is_on_the_books_before_its_money_is_given_back(database):
+    order = []
+
+    class Noting(Till):
+        async def pay(self, tried, settle):
+            await super().pay(tried, settle)
+            order.append("paid")
+
+        async def settle(self, tenant, reservation):
+            order.append("given back")
+            await super().settle(tenant, reservation)
+
+    answerer, slow = slowly(database, Noting(database, lambda: NOON))
+    grant = (await granted(database)).model_copy(update={"deadline": NOON + timedelta(minutes=30)})
+    only = asyncio.create_task(ask(answerer, grant))
+    await slow.asked.wait()
+    await an_hour_passes()
+    with pytest.raises(DeadlineMissed):
+        await only
+    assert order == ["paid", "given back"]
+    held, spent = await booked(database)
+    assert held == 0
+    assert spent > 0
 
 
 async def test_nothing_is_cached_unless_task_or_settings_say_so_nor_with_objections(database):

@@ -20,6 +20,7 @@ from activities.services.database import Database, from_micros, insert_for, to_m
 from activities.services.discreet import seal_text, text_reader
 from activities.services.statements import Statement
 from models.canonical import sha256
+from models.errors import DeadlineMissed
 from models.inference import Answered, DataClass, Prompt
 from models.tables import CacheRow, SimilarRow, table
 
@@ -74,8 +75,6 @@ class _Flight:
             return await asyncio.shield(self.task)
         finally:
             self.waiting -= 1
-            if self.waiting == 0 and not self.task.done():
-                self.task.cancel()
 
 
 class Cache:
@@ -102,16 +101,31 @@ class Cache:
 
         A caller that gives up leaves the others alone; when all have given up the call is cancelled.
         """
-        flight = self._flights.get(key)
-        first = flight is None or flight.task.done()
-        if flight is None or first:
-            flight = self._flights[key] = _Flight(asyncio.ensure_future(_awaited(make)))
-        try:
-            answered = await flight.wait()
-        finally:
-            if flight.waiting == 0 and self._flights.get(key) is flight:
-                del self._flights[key]
-        return answered if first else answered.model_copy(update={"cached": True})
+        while True:
+            flight = self._flights.get(key)
+            first = flight is None or flight.task.done()
+            if flight is None or first:
+                flight = self._flights[key] = _Flight(asyncio.ensure_future(_awaited(make)))
+            try:
+                answered = await flight.wait()
+            except DeadlineMissed:
+                # It was made in the time that its first caller had; the others may have more.
+                if first:
+                    raise
+            else:
+                return answered if first else answered.model_copy(update={"cached": True})
+            finally:
+                await self._leave(key, flight)
+
+    async def _leave(self, key: Key, flight: _Flight) -> None:
+        if flight.waiting:
+            return
+        if self._flights.get(key) is flight:
+            del self._flights[key]
+        if not flight.task.done():
+            flight.task.cancel()
+            # What it took is on the books before anybody gives its money back.
+            await asyncio.wait([flight.task])
 
     async def retract(self, tenant: str, digest: str | None = None, task: str | None = None) -> int:
         """Take back one answer, all of a task, or all of a tenant; heard everywhere within a second."""

@@ -57,7 +57,7 @@ from models.inference import (
     Task,
 )
 from models.loop import Cost, Ref
-from models.routing import REPAIR_TOKENS, RoutePolicy, needs_of, price
+from models.routing import RoutePolicy, needs_of, price
 from models.settings import AS_IT_IS, TaskSettings, TierSettings
 
 PROBE = Prompt(messages=(Message(role="user", content="Say yes."),), max_tokens=1, temperature=0)
@@ -118,6 +118,8 @@ class Answerer:
         self._similar = similar
         self._breakers = breakers or Breakers(ticks, random.random)
         self._wanted = wanted or {}
+        self._making = set[str | None]()
+        """Reservations that a call is being made with."""
         self._clock = clock
         self._doors = {tier.name: Admission(tier.concurrency, ticks) for tier in tiers}
         self._models = {tier.name: tier.model for tier in tiers}
@@ -250,11 +252,16 @@ class Answerer:
 
     async def _made(self, tried: Try) -> Answered:
         """Ask the tier, and note what it took however it ends."""
+        self._making.add(tried.grant.reservation)
         try:
             return await self._kept(tried)
         except BaseException:
-            await self._book(tried, settle=False)
+            # Past its deadline nobody asks again with this money.
+            deadline = tried.grant.deadline
+            await self._book(tried, settle=deadline is not None and self._clock() >= deadline)
             raise
+        finally:
+            self._making.discard(tried.grant.reservation)
 
     async def _kept(self, tried: Try) -> Answered:
         tier, question = tried.tier, tried.question
@@ -352,7 +359,7 @@ class Answerer:
             return [first]
         for again in (repair(question.prompt, first), retold(question.prompt, first)):
             sent, _ = as_sent(question, tried.tier, again)
-            if refusal(tried.tier, question, sent) is None and _is_paid_for(tried, sent):
+            if refusal(tried.tier, question, sent) is None and tried.covers(sent):
                 return [first, question.examine(await self._complete(tried, breaker, again))]
         return [first]
 
@@ -383,7 +390,8 @@ class Answerer:
         return completion
 
     async def _end(self, tenant: str, grant: Grant) -> None:
-        if self._till is not None and grant.reservation is not None:
+        # Where others still wait for what was asked with this money, the end of that call settles it.
+        if self._till is not None and grant.reservation is not None and grant.reservation not in self._making:
             await self._till.settle(tenant, grant.reservation)
 
     async def _book(self, tried: Try, settle: bool) -> None:
@@ -415,15 +423,6 @@ def _is_last_word(error: BaseException) -> bool:
     return isinstance(error, Final) and not isinstance(
         error, OutputInvalid | CredentialsRejected | IdentityChanged
     )
-
-
-def _is_paid_for(tried: Try, again: Prompt) -> bool:
-    """Whether the money that is held covers asking again; see `models.routing.allowance`."""
-    if tried.grant.reservation is None:
-        return True
-    first = tried.question.own
-    room = first.context_tokens + (first.answer_tokens or 0) + REPAIR_TOKENS
-    return tried.question.needs(again).context_tokens <= room
 
 
 def _judged(tier: str, schemas: Breaker) -> bool:

@@ -41,7 +41,7 @@ from models.inference import (
     attempt_of,
 )
 from models.loop import Ref
-from models.routing import allowance, price
+from models.routing import REPAIR_TOKENS, allowance, price
 from models.settings import TierSettings
 
 
@@ -82,6 +82,14 @@ class Try:
     def begun(self) -> Spent:
         """That this attempt had money when it began."""
         return self._spent(self._name(self.number) + BEGUN, micros=0, currency=self.tier.currency)
+
+    def covers(self, again: Prompt) -> bool:
+        """Whether the money that is held covers asking again; see `models.routing.allowance`."""
+        if self.grant.reservation is None:
+            return True
+        first = self.question.own
+        room = first.context_tokens + (first.answer_tokens or 0) + REPAIR_TOKENS
+        return self.question.needs(again).context_tokens <= room
 
     def unusable(self) -> None:
         """The answers of this try helped nobody."""
