@@ -57,7 +57,7 @@ from models.settings import (
     TaskSettings,
     TierSettings,
 )
-from scripts.bench._simulated import LEVELS, World
+from scripts.bench._simulated import LEVELS, World, said_at_levels
 from scripts.bench.tiers import played, wilson
 from scripts.cli import app
 from scripts.commands.route import explained, show
@@ -855,9 +855,18 @@ def test_the_known_optimum_is_found_on_simulated_tiers():
         assert one.error[1] < one.error[0]
 
 
-def test_it_is_found_where_the_large_tier_too_does_worse_with_what_the_small_one_is_unsure_of():
-    # With one chance of the large tier for all its calls this one began at the wrong tier, for ever.
-    assert played(35, calls=4000, cases=20).regret < 0.02
+def test_where_hard_calls_are_hard_for_both_the_large_tier_is_known_at_every_confidence():
+    world = World(35)
+    cases = [world.case() for _ in range(4000)]
+    small = [Judged("t", "s", one.confidence, one.small) for one in cases[:3000]]
+    large = [Judged("t", "l", one.confidence, one.large, after="s") for one in cases[3000:]]
+    (after,) = [fit for fit in fits_of([*small, *large], measured=False) if fit.after]
+    off = [
+        (whole, abs(chance(after.steps, said) / 1000 - right / whole))
+        for said, (whole, _, right) in zip(said_at_levels(), world.joint(), strict=True)
+    ]
+    assert sum(whole * one for whole, one in off) < 0.03
+    assert after.steps[-1].permille - after.steps[0].permille > 40
 
 
 def test_no_policy_of_any_kind_is_cheaper_than_the_known_optimum():
