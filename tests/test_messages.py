@@ -135,14 +135,21 @@ async def test_the_second_of_two_opposite_verdicts_does_not_count(shared: Shared
         in_time(shared.answer(run, Kind.APPROVE, digest)),
         in_time(shared.answer(run, Kind.REJECT, digest, approver=BOB)),
     )
-    assert sorted(judged.counted for judged in answers) == [False, True]
+    # One that ended the run may come back as "the run has ended", when its task was lost to the other one.
+    (verdict,) = [event for event in await shared.events(run) if event.type.value == "verdict"]
+    said = [
+        kind.value
+        for kind, judged in zip((Kind.APPROVE, Kind.REJECT), answers, strict=True)
+        if judged.counted
+    ]
+    assert said in ([], [verdict.body["kind"]])
+    approved = verdict.body["kind"] == Kind.APPROVE.value
     outcome = await shared.outcome(run)
-    expected = Status.EXECUTED if answers[0].counted else Status.REJECTED
-    assert outcome.status is expected
+    assert outcome.status is (Status.EXECUTED if approved else Status.REJECTED)
     types = await shared.types(run)
     heard = sum(judged.state != "closed" for judged in answers)
-    assert (types.count("verdict"), types.count("refusal")) == (1, heard - 1)
-    assert types.count("receipt") == (1 if answers[0].counted else 0)
+    assert types.count("refusal") >= heard - 1
+    assert types.count("receipt") == (1 if approved else 0)
 
 
 async def test_two_people_who_approve_at_once_carry_it_out_once(shared: Shared) -> None:
@@ -271,8 +278,13 @@ async def test_a_run_that_continued_as_new_keeps_its_feedback_and_refuses_old_di
     outcome = await shared.outcome(run)
     assert (outcome.status, outcome.digest) == (Status.EXECUTED, digest)
     assert shared.standing("long") == 1
-    types = await shared.types(run)
-    assert types.count("refusal") == 2 + (2 if digest is not old[1] else 0)
+    # None is lost; one whose task was lost after it was logged is logged again.
+    refused = [event.body for event in await shared.events(run) if event.type.value == "refusal"]
+    assert len(refused) >= 2 + (2 if digest is not old[1] else 0)
+    assert {(body["kind"], body["approver"]) for body in refused} >= {
+        ("approve", "unknown"),
+        ("approve", BOB),
+    }
     requests = [event for event in await shared.events(run) if event.type.value == "request"]
     assert len(requests) == 1
 
