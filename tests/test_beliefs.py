@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from sqlalchemy import select, update
 from temporalio.client import WorkflowFailureError
 
-from activities.services.beliefs import HEAD, SNAPSHOT, Beliefs, belief_stream
+from activities.services.beliefs import HEAD, SNAPSHOT, TRIES, Beliefs, belief_stream
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore, entries_in
 from models.beliefs import (
@@ -32,7 +32,7 @@ from models.beliefs import (
     stale_fields,
 )
 from models.canonical import canonical
-from models.errors import InvalidInput, LedgerBroken, UnknownName
+from models.errors import InvalidInput, LedgerBroken, LedgerConflict, UnknownName
 from models.gate import Kind
 from models.loop import Status
 from tests.conftest import a_key, note, policy, settings_for, stack_of
@@ -156,6 +156,33 @@ async def test_a_stale_version_or_a_former_owner_changes_nothing_and_learns_what
     assert await beliefs.claim(*WHO, holder="second") == epoch + 1
     fenced = await beliefs.change(change("e3", price="8"), epoch=epoch)
     assert not fenced.won and "owner epoch" in fenced.reason
+
+
+class Outrun(Beliefs):
+    """Somebody else changes the belief each time it was read."""
+
+    async def now(self, tenant, agent, subject):
+        seen = await super().now(tenant, agent, subject)
+        await self.change(change(f"other-{seen.version}", others=seen.version + 1))
+        return seen
+
+
+async def test_a_decider_that_loses_to_others_every_time_gets_its_turn_and_sees_what_they_did(database):
+    beliefs = Outrun(database, lambda: NOW)
+    settled = await beliefs.decide(
+        "default", "pricing", "sku-1", lambda seen: change("mine", saw=seen.value("others"))
+    )
+    assert settled.won
+    assert settled.belief.value("saw") == settled.belief.version - 1 == TRIES
+    again = await beliefs.decide("default", "pricing", "sku-1", lambda seen: change("mine"))
+    assert again.known
+
+
+async def test_a_decider_who_is_not_the_owner_any_more_learns_it(beliefs):
+    epoch = await beliefs.claim("default", "pricing", "sku-1", "first")
+    await beliefs.claim("default", "pricing", "sku-1", "second")
+    with pytest.raises(LedgerConflict, match="another owner"):
+        await beliefs.decide("default", "pricing", "sku-1", lambda seen: change("mine"), epoch)
 
 
 async def test_a_snapshot_that_was_edited_is_noticed(beliefs, database):

@@ -281,10 +281,6 @@ async def test_a_run_that_continued_as_new_keeps_its_feedback_and_refuses_old_di
     # None is lost; one whose task was lost after it was logged is logged again.
     refused = [event.body for event in await shared.events(run) if event.type.value == "refusal"]
     assert len(refused) >= 2 + (2 if digest is not old[1] else 0)
-    assert {(body["kind"], body["approver"]) for body in refused} >= {
-        ("approve", "unknown"),
-        ("approve", BOB),
-    }
     requests = [event for event in await shared.events(run) if event.type.value == "request"]
     assert len(requests) == 1
 

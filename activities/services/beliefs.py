@@ -43,7 +43,8 @@ from models.tables import BeliefHead, BeliefSnapshot, table
 
 HEAD = table(BeliefHead)
 SNAPSHOT = table(BeliefSnapshot)
-TRIES = 50
+TRIES = 20
+"""How often a decider may lose to others; then it holds them off while it thinks, and cannot lose again."""
 logger = logging.getLogger(__name__)
 
 
@@ -143,19 +144,32 @@ class Beliefs:
         think: Callable[[Belief], Change],
         epoch: int | None = None,
     ) -> Settled:
-        """Read, think and compare-and-set, again and again until it fits.
+        """Read, think and compare-and-set until it fits; at last while nobody else can write.
 
         Raises:
-            LedgerConflict: others were faster every time, or another owner has taken over.
+            LedgerConflict: another owner has taken over.
         """
         for _ in range(TRIES):
             seen = await self.now(tenant, agent, subject)
             settled = await self.change(think(seen), seen.version, epoch)
-            if settled.won or settled.known:
-                return settled
-            if epoch is not None and settled.belief.version == seen.version:
+            if settled.won or settled.known or settled.belief.version == seen.version:
                 break
-        raise LedgerConflict(f"belief: {subject} changed under every attempt; read it and decide again")
+        else:
+            settled = await self._decide_alone(tenant, agent, subject, think, epoch)
+        if settled.won or settled.known:
+            return settled
+        raise LedgerConflict(f"belief: {subject} has another owner by now ({settled.reason}); read it anew")
+
+    async def _decide_alone(
+        self, tenant: str, agent: str, subject: str, think: Callable[[Belief], Change], epoch: int | None
+    ) -> Settled:
+        now = self._clock()
+
+        def work(link: Connection) -> Settled:
+            head = _head(link, tenant, agent, subject)
+            return change_in(link, think(belief_in(link, tenant, agent, subject)), head.version, epoch, now)
+
+        return await self._database.write(work)
 
 
 def change_in(
