@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
-from models.loop import Change, Cost, Intent, Limits, Plan
+from models.loop import Assurance, Change, Cost, Intent, Limits, Plan
 from models.policy import passes_alone, risk
 
 SHORT_LIMIT = 3_000
@@ -26,7 +26,7 @@ def full_card(intent: Intent, texts: Mapping[str, str]) -> str:
 
 def short_card(intent: Intent, digest: str, full: str) -> str:
     """Markdown of at most `SHORT_LIMIT` characters, the answer to paste included."""
-    tail = "\n".join(_answer(digest))
+    tail = "\n".join(_answer(intent, digest))
     if len(full) + len(tail) < SHORT_LIMIT:
         return f"{full}\n{tail}"
     notice = (
@@ -37,9 +37,10 @@ def short_card(intent: Intent, digest: str, full: str) -> str:
     return f"{notice}\n\n{cut}\n\n…\n{tail}"
 
 
-def answer_json(digest: str) -> str:
-    """The JSON to send with approve, reject or revise."""
-    return json.dumps({"digest": digest, "approver": "YOUR-NAME"})
+def answer_json(digest: str, roles: Sequence[str] = ()) -> str:
+    """The JSON to send with approve, reject or revise; with the role where the gate asks for one."""
+    role = {"role": roles[0] if len(roles) == 1 else "YOUR-ROLE"} if roles else {}
+    return json.dumps({"digest": digest, "approver": "YOUR-NAME"} | role)
 
 
 def review_card(digest: str) -> str:
@@ -151,17 +152,18 @@ def _gate(intent: Intent) -> list[str]:
     if passes_alone(rule, intent.plans):
         return ["Policy lets this pass without a person."]
     roles = f", with the roles {', '.join(rule.roles)}" if rule.roles else ""
-    device = ", signed by a security key" if rule.hardware else ""
-    return [f"Needs {rule.approvals} approval{'s' if rule.approvals > 1 else ''}{roles}{device}."]
+    signed = ", signed" if rule.assurance is Assurance.SIGNED else ""
+    device = " by a security key" if rule.hardware else ""
+    return [f"Needs {rule.approvals} approval{'s' if rule.approvals > 1 else ''}{roles}{signed}{device}."]
 
 
-def _answer(digest: str) -> list[str]:
-    return [
-        "",
-        "#### To answer",
-        "Send Signal `approve`, `reject` or `revise` (with a `comment`) with this JSON, your name filled in:",
-        *fenced(answer_json(digest), "json"),
-    ]
+def _answer(intent: Intent, digest: str) -> list[str]:
+    what = (
+        "Send Signal `approve`, `reject` or `revise` (with a `comment`) with this JSON, your name filled in:"
+    )
+    if intent.gate.assurance is Assurance.SIGNED:
+        what = f"An answer has to be signed: `countersign approve ID --sign KEY` does that. {what}"
+    return ["", "#### To answer", what, *fenced(answer_json(digest, intent.gate.roles), "json")]
 
 
 def cost_text(cost: Cost) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from datetime import datetime, timedelta, timezone
@@ -11,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from models.canonical import digest_of
 from models.card import SHORT_LIMIT, answer_json, fenced, full_card, short_card, visible
-from models.loop import Cost, Intent, Plan
+from models.loop import Assurance, Cost, Intent, Plan
 from tests.intents import an_intent, ref
 
 NASTY = st.text(
@@ -125,6 +126,17 @@ def test_a_small_card_is_whole_and_ends_with_the_answer() -> None:
     assert card.startswith("### What is proposed")
     assert "+line" in card and "Needs 1 approval." in card
     assert "cut" not in card
+
+
+def test_a_card_says_that_it_wants_signatures_and_its_answer_names_the_role() -> None:
+    intent = an_intent()
+    gate = intent.gate.model_copy(update={"assurance": Assurance.SIGNED, "roles": ("owner",)})
+    intent = intent.model_copy(update={"gate": gate})
+    card = short_card(intent, "f" * 64, full_card(intent, {intent.plans[0].diff.digest: "+line\n"}))
+    assert "Needs 1 approval, with the roles owner, signed." in card
+    assert "countersign approve ID --sign KEY" in card
+    assert json.loads(blocks(card)[-1][1])["role"] == "owner"
+    assert json.loads(answer_json("f" * 64, ("owner", "legal")))["role"] == "YOUR-ROLE"
 
 
 def test_unknown_costs_are_said_and_never_zero() -> None:

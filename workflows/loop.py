@@ -396,7 +396,8 @@ class Loop(Messages):
             return
         self._upsert(State.WAITING)
         digest = journal.progress.digest
-        workflow.upsert_memo({MEMO_DIGEST: digest, MEMO_CARD: journal.card, MEMO_ANSWER: answer_json(digest)})
+        answer = answer_json(digest, journal.intent.gate.roles)
+        workflow.upsert_memo({MEMO_DIGEST: digest, MEMO_CARD: journal.card, MEMO_ANSWER: answer})
         workflow.set_current_details(journal.card)
 
     def _upsert(self, state: State) -> None:
