@@ -23,6 +23,7 @@ from activities.connectors.null import Null
 from activities.services.beliefs import Beliefs
 from activities.tiers.scripted import Scripted
 from models.beliefs import Change, Mail, Ownership, Owning, owner_id
+from models.calibration import Calibrated
 from models.gate import Kind
 from models.knowledge import Warmed
 from models.ledger import EventType
@@ -268,6 +269,15 @@ async def upkeep_prewarmed(shared: Shared) -> Started:
     request = Request(agent="upkeep", key=a_key(), body="{}")
     handle: Any = await shared.client.start_workflow(
         "upkeep", request, id=a_key(), task_queue=Queue.DECIDE, result_type=Warmed
+    )
+    return Started(handle.id, handle)
+
+
+@flow
+async def upkeep_calibrated(shared: Shared) -> Started:
+    request = Request(agent="upkeep", key=a_key(), body='{"calibrate": true}')
+    handle: Any = await shared.client.start_workflow(
+        "upkeep", request, id=a_key(), task_queue=Queue.DECIDE, result_type=Calibrated
     )
     return Started(handle.id, handle)
 
