@@ -105,8 +105,9 @@ async def answer(
 ) -> Judged:
     """Answer an intent and learn whether it counted.
 
-    One that ends the run may be lost with its task after it was logged (see `insisting`). It counts then,
-    though what comes back says that the run has ended: ask the ledger, as `countersign reject` does.
+    One may be lost with its task after it was logged (see `insisting`). Sent again it is found to be logged,
+    and counts once. If the run has ended by it meanwhile, what comes back is that: ask the ledger, as
+    `countersign reject` does.
     """
     handle, update = client.get_workflow_handle(run_id), f"answer-{uuid.uuid4()}"
     return await insisting(

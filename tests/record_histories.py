@@ -24,7 +24,7 @@ from activities.services.beliefs import Beliefs
 from activities.tiers.scripted import Scripted
 from models.beliefs import Change, Mail, Ownership, Owning, owner_id
 from models.calibration import Calibrated
-from models.gate import Kind
+from models.gate import ANYBODY, Answer, Kind, recorded
 from models.knowledge import Warmed
 from models.ledger import EventType
 from models.loop import GateRule, Outcome, Request
@@ -262,6 +262,16 @@ async def belief_handed_over(shared: Shared) -> Started:
         await first.result(follow_runs=False)
     await shared.client.get_workflow_handle(owner.id).terminate("recorded")
     return Started(owner.id, first)
+
+
+@flow
+async def external_answer_logged_by_a_lost_task(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note())
+    digest = await shared.digest(run)
+    given = recorded(Kind.APPROVE, Answer(digest=digest, approver="ann@example.test"), ANYBODY)
+    await shared.lose(run, (EventType.VERDICT, given.model_dump(mode="json")))
+    await shared.answer(run, Kind.APPROVE, digest, approver="ann@example.test")
+    return run
 
 
 @flow

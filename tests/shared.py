@@ -12,8 +12,9 @@ from typing import Any
 
 from activities.connectors.base import Applied, Dry, Work
 from activities.connectors.null import Null
+from activities.services.ledger_store import LedgerStore
 from models.errors import ConnectorRejected
-from models.ledger import Event
+from models.ledger import Append, Draft, Event, EventType, event_id
 from models.loop import GateRule, Guarantee, Outcome, Reversibility
 from models.orders import Pace
 from models.policy import AgentPolicy, Policy
@@ -126,6 +127,25 @@ class Shared(Stack):
                 if len(events) >= count:
                     return tuple(events)
                 await asyncio.sleep(0.01)
+
+    async def lose(self, run: Started, *events: tuple[EventType, dict[str, Any]]) -> None:
+        """Log what a task of the run might have, which Temporal then lost: the run does not know of it."""
+        chain = (await run.handle.describe()).run_id
+        version = max(one.version for one in await self.events(run) if one.stream == run.workflow_id)
+        drafts = tuple(
+            Draft(
+                event_id=event_id("default", run.workflow_id, chain, kind, number),
+                stream=run.workflow_id,
+                type=kind,
+                actor_kind="person",
+                actor_ref="somebody",
+                correlation_id=run.workflow_id,
+                body=body,
+            )
+            for number, (kind, body) in enumerate(events, version + 1)
+        )
+        wish = Append(tenant="default", stream=run.workflow_id, expected=version, drafts=drafts)
+        assert (await LedgerStore(self.database, utc_now).append(wish)).won
 
     async def digest(self, run: Started, number: int = 1) -> str:
         async with asyncio.timeout(LIMIT):

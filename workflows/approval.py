@@ -24,8 +24,9 @@ from models.gate import (
     is_automatic,
     judge,
     read_message,
+    recorded,
 )
-from models.ledger import EventType
+from models.ledger import Entry, EventType
 from models.loop import Intent
 from models.notices import INBOX, Due, heard_by
 from models.orders import Identification
@@ -33,6 +34,9 @@ from workflows.journal import Journal
 from workflows.notices import Crier
 from workflows.policies import book
 from workflows.review import Review
+
+SAID_ONCE = "said once"
+"""Runs from before log a message again whose task was lost."""
 
 
 class Approval:
@@ -58,10 +62,34 @@ class Approval:
             return Judged(counted=False, state="closed", field="input", remedy="this run was not admitted")
         identity = await self._identity(kind, message)
         async with self._journal.writing():
-            ruling = self._judge(kind, message, identity)
-            while not await self._record(ruling, message):
-                ruling = self._judge(kind, message, identity)
+            while not self._is_said(ruling := self._rule(kind, message, identity)):
+                if await self._record(ruling, message):
+                    break
         return self._reply(ruling)
+
+    def _rule(self, kind: Kind, message: Answer | Refusal, identity: Identity) -> Verdict | Refusal:
+        """What becomes of a message; one that a lost task has logged as counted is not judged by itself."""
+        if isinstance(message, Answer) and self._journal.found:
+            counted = recorded(kind, message, identity)
+            if self._logged(counted) is not None and workflow.patched(SAID_ONCE):
+                return counted
+        return self._judge(kind, message, identity)
+
+    def _is_said(self, ruling: Verdict | Refusal) -> bool:
+        """Whether a lost task of this run has logged this; each that it logged stands for one message."""
+        logged = self._logged(ruling)
+        if logged is None or not workflow.patched(SAID_ONCE):
+            return False
+        self._journal.found.remove(logged)
+        return True
+
+    def _logged(self, ruling: Verdict | Refusal) -> Entry | None:
+        body = ruling.model_dump(mode="json", exclude={"comment"})
+        for entry in self._journal.found:
+            there = {name: value for name, value in entry.body.items() if name != "comment"}
+            if entry.type is _event(ruling) and there == body:
+                return entry
+        return None
 
     async def wait(self) -> Standing:
         """Wait until the open intent is decided, one way or the other."""
@@ -201,9 +229,8 @@ class Approval:
                 (EventType.REFUSAL, ruling.model_dump(mode="json")), actor=actor
             )
         comment = message.comment if isinstance(message, Answer) else ""
-        event = EventType.REVIEW if ruling.review else EventType.VERDICT
         return await self._journal.append(
-            (event, ruling.model_dump(mode="json")), actor=actor, comment=comment
+            (_event(ruling), ruling.model_dump(mode="json")), actor=actor, comment=comment
         )
 
     def _reply(self, ruling: Verdict | Refusal) -> Judged:
@@ -216,6 +243,12 @@ class Approval:
         if ruling.review:
             state = "reviewing" if self.review.is_open else "reviewed"
         return Judged(counted=True, state=state, digest=ruling.digest)
+
+
+def _event(ruling: Verdict | Refusal) -> EventType:
+    if isinstance(ruling, Refusal):
+        return EventType.REFUSAL
+    return EventType.REVIEW if ruling.review else EventType.VERDICT
 
 
 def _refuse(kind: Kind, answer: Answer, remedy: str) -> Refusal:

@@ -42,6 +42,8 @@ class Journal:
         self.shown_at: datetime | None = None
         """When the inbox accepted the open intent."""
         self.is_open = False
+        self.found: list[Entry] = []
+        """What a lost attempt of this run had logged, until it is said again or something else is logged."""
         self._admitted: Admitted | None = None
         self._lock = asyncio.Lock()
 
@@ -158,9 +160,12 @@ class Journal:
     async def _moved(self, won: bool, entries: Iterable[Entry]) -> bool:
         if won:
             self.progress.take(entries)
+            self.found.clear()
         else:
             workflow.logger.info("other events stand in the stream; going on from those")
+            seen = self.progress.version
             await self.open()
+            self.found = [entry for entry in self.admitted.entries if entry.version > seen]
         return won
 
     def _entries(self, drafts: Iterable[Draft]) -> list[Entry]:
