@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Awaitable, Callable
-from typing import cast
 
 from aiohttp import web
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from temporalio.api.common.v1 import Payload, Payloads
 from temporalio.converter import PayloadCodec
 
+from activities.services.listening import Listening
 from models.errors import InvalidInput
 from models.settings import CodecServerSettings
 
@@ -36,7 +36,7 @@ SAFE = {
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-class CodecServer:
+class CodecServer(Listening):
     """`POST /encode` and `POST /decode` in the shape the Temporal UI and CLI speak, and `/signin`."""
 
     def __init__(self, codec: PayloadCodec, settings: CodecServerSettings, origins: tuple[str, ...]) -> None:
@@ -57,36 +57,15 @@ class CodecServer:
         # Not the token itself, so that a stolen cookie is no bearer, and ends when the token is changed.
         self._session = hmac.digest(self._token, b"countersign codec session", "sha256").hex()
         self._origins = frozenset(origin.rstrip("/") for origin in origins)
-        self._port = settings.port
-        self._runner: web.AppRunner | None = None
+        super().__init__(settings.port)
 
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        return self._port
-
-    async def start(self) -> None:
-        """Listen on 127.0.0.1."""
+    def _app(self) -> web.Application:
         app = web.Application(client_max_size=LIMIT_BYTES, middlewares=[self._guarded])
         app.router.add_post("/encode", self._encode)
         app.router.add_post("/decode", self._decode)
         app.router.add_get("/signin", self._ask)
         app.router.add_post("/signin", self._sign_in)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", self._port).start()
-        except OSError:
-            await runner.cleanup()
-            raise
-        self._port = cast(int, runner.addresses[0][1])
-        self._runner = runner
-
-    async def close(self) -> None:
-        """Stop listening; may be called twice."""
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            await runner.cleanup()
+        return app
 
     @web.middleware
     async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:

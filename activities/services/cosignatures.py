@@ -6,65 +6,28 @@ note; who does not know its key passes over it.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from activities.services.notes import DASH
-from models.errors import InvalidInput
+from activities.services.notes import DASH, Verifier
 
-COSIGNATURE = b"\x04"
 LENGTH = 4 + 8 + 64
 """Key hash, time, signature."""
 LATEST = 2**63
 
 
-@dataclass(frozen=True, slots=True)
-class WitnessKey:
-    """Who cosigns under which name."""
+class WitnessKey(Verifier):
+    """Who cosigns."""
 
-    name: str
-    public: bytes
-
-    @property
-    def key_hash(self) -> bytes:
-        """Four bytes that tell keys of one name apart."""
-        return hashlib.sha256(self.name.encode() + b"\n" + COSIGNATURE + self.public).digest()[:4]
-
-    @property
-    def key_id(self) -> str:
-        """Name and key hash."""
-        return f"{self.name}+{self.key_hash.hex()}"
-
-    def __str__(self) -> str:
-        """The key as C2SP writes verifiers."""
-        return f"{self.key_id}+{b64encode(COSIGNATURE + self.public).decode()}"
-
-    @classmethod
-    def parse(cls, text: str) -> WitnessKey:
-        """Read a verifier.
-
-        Raises:
-            InvalidInput: it is none.
-        """
-        name, _, rest = text.strip().partition("+")
-        key_hash, _, encoded = rest.partition("+")
-        try:
-            data = b64decode(encoded, validate=True)
-        except ValueError:
-            data = b""
-        key = cls(name, data[1:])
-        if len(data) != 33 or data[:1] != COSIGNATURE or key.key_hash.hex() != key_hash:
-            raise InvalidInput.field(
-                "witness key", text, "give it as NAME+HASH+BASE64, as `countersign witness key` prints"
-            )
-        return key
+    __slots__ = ()
+    ALGORITHM = b"\x04"
+    FIELD = "witness key"
+    PRINTED_BY = "countersign witness key"
 
 
 def body_of(note: str) -> str:

@@ -6,13 +6,13 @@ import hashlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from models.errors import InvalidInput
 
-ED25519 = b"\x01"
 DASH = "\N{EM DASH} "
 
 
@@ -26,8 +26,12 @@ class Tree:
 
 
 @dataclass(frozen=True, slots=True)
-class NoteKey:
-    """Who signs notes under which name."""
+class Verifier:
+    """Who signs under which name; the algorithm is part of the key."""
+
+    ALGORITHM: ClassVar[bytes]
+    FIELD: ClassVar[str]
+    PRINTED_BY: ClassVar[str]
 
     name: str
     public: bytes
@@ -35,7 +39,7 @@ class NoteKey:
     @property
     def key_hash(self) -> bytes:
         """Four bytes that tell keys of one name apart."""
-        return hashlib.sha256(self.name.encode() + b"\n" + ED25519 + self.public).digest()[:4]
+        return hashlib.sha256(self.name.encode() + b"\n" + self.ALGORITHM + self.public).digest()[:4]
 
     @property
     def key_id(self) -> str:
@@ -44,10 +48,10 @@ class NoteKey:
 
     def __str__(self) -> str:
         """The key as C2SP writes verifiers."""
-        return f"{self.key_id}+{b64encode(ED25519 + self.public).decode()}"
+        return f"{self.key_id}+{b64encode(self.ALGORITHM + self.public).decode()}"
 
     @classmethod
-    def parse(cls, text: str) -> NoteKey:
+    def parse(cls, text: str) -> Self:
         """Read a verifier.
 
         Raises:
@@ -60,11 +64,20 @@ class NoteKey:
         except ValueError:
             data = b""
         key = cls(name, data[1:])
-        if len(data) != 33 or data[:1] != ED25519 or key.key_hash.hex() != key_hash:
+        if len(data) != 33 or data[:1] != cls.ALGORITHM or key.key_hash.hex() != key_hash:
             raise InvalidInput.field(
-                "key", text, "give it as NAME+HASH+BASE64, as `countersign ledger key` prints"
+                cls.FIELD, text, f"give it as NAME+HASH+BASE64, as `{cls.PRINTED_BY}` prints"
             )
         return key
+
+
+class NoteKey(Verifier):
+    """Who signs notes."""
+
+    __slots__ = ()
+    ALGORITHM = b"\x01"
+    FIELD = "key"
+    PRINTED_BY = "countersign ledger key"
 
 
 def checkpoint_text(tree: Tree) -> str:

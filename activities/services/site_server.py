@@ -8,48 +8,27 @@ from __future__ import annotations
 import asyncio
 import mimetypes
 from pathlib import Path
-from typing import cast
 
 from aiohttp import web
+
+from activities.services.listening import Listening
 
 NOT_FOUND = b"<!doctype html>\n<title>Not found</title>\n<h1>Not found</h1>\n<p>No such page here.</p>\n"
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
 
-class SiteServer:
+class SiteServer(Listening):
     """A small static server."""
 
     def __init__(self, folder: Path, port: int = 0, host: str = "127.0.0.1") -> None:
         """Port 0 takes a free one, known after `start`."""
+        super().__init__(port, host)
         self._folder = folder
-        self._port = port
-        self._host = host
-        self._runner: web.AppRunner | None = None
 
-    @property
-    def port(self) -> int:
-        """The port it listens on."""
-        return self._port
-
-    async def start(self) -> None:
-        """Listen."""
+    def _app(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/{path:.*}", self._serve)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=1.0)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, self._host, self._port).start()
-        except OSError:
-            await runner.cleanup()
-            raise
-        self._port = cast(int, runner.addresses[0][1])
-        self._runner = runner
-
-    async def close(self) -> None:
-        """Stop listening; may be called twice."""
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            await runner.cleanup()
+        return app
 
     async def _serve(self, request: web.Request) -> web.Response:
         path = request.match_info["path"]
