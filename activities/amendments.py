@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 from pydantic import Field, ValidationError
 from temporalio import activity
@@ -66,6 +66,4 @@ def read_amendment(data: bytes) -> SentAmendment:
     try:
         return SentAmendment.model_validate_json(data)
     except ValidationError as error:
-        first = cast(dict[str, Any], error.errors()[0])
-        field = ".".join(str(part) for part in first["loc"]) or "body"
-        raise InvalidInput.field(field, first.get("input"), str(first["msg"])) from None
+        raise InvalidInput.first(error, "body") from None

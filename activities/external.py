@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from pydantic import Field, ValidationError
 from temporalio import activity
@@ -86,6 +86,4 @@ def _read(data: bytes) -> SentProposal:
     try:
         return SentProposal.model_validate_json(data)
     except ValidationError as error:
-        first = cast(dict[str, Any], error.errors()[0])
-        field = ".".join(str(part) for part in first["loc"]) or "body"
-        raise InvalidInput.field(field, first.get("input"), str(first["msg"])) from None
+        raise InvalidInput.first(error, "body") from None

@@ -7,9 +7,11 @@ cancelled are outcomes, not errors.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import ClassVar
 
+from pydantic import ValidationError
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
 
@@ -61,6 +63,16 @@ class InvalidInput(Final):
         shown = repr(value)
         shown = shown if len(shown) <= 80 else shown[:77] + "..."
         return cls(f"{name}: {shown} is not accepted; {remedy}")
+
+    @classmethod
+    def first(cls, error: ValidationError, whole: str, wrapped: Collection[str] = ()) -> InvalidInput:
+        """Name the first field that does not fit; `whole` is what all of it is called.
+
+        The path leaves out `wrapped`, which whoever wrote the value did not write.
+        """
+        found = error.errors()[0]
+        name = ".".join(str(part) for part in found["loc"] if part not in wrapped) or whole
+        return cls.field(name, found["input"], found["msg"])
 
 
 class RegionBound(InvalidInput):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import logging
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from tests.conftest import ROLES, Stack, a_key, free_port, note, settings_for, s
 from tests.test_agents_content import BRIEF, copywriter, draft
 from workers import registry
 from workers.compose import Parts
-from workers.logs import FORMAT, Discreet
 from workflows.unknown import Unknown
 
 ON = EncryptionSettings(enabled=True)
@@ -277,19 +275,6 @@ def sealed_settings(temporal: TemporalSettings, folder: Path, encryption: Encryp
     limits = ContentSettings(min_words=10)
     made = settings_for(temporal, folder, tiers=(tier,), sites=(where,), content=limits)
     return made.model_copy(update={"encryption": encryption, "probe": False})
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """All that workers log while encryption is on, as they write it."""
-    text, root = io.StringIO(), logging.getLogger()
-    handler, level = logging.StreamHandler(text), root.level
-    handler.setFormatter(Discreet(FORMAT))
-    root.addHandler(handler)
-    root.setLevel(logging.DEBUG)
-    yield text
-    root.removeHandler(handler)
-    root.setLevel(level)
 
 
 PARTS = Parts(endpoints={"large": Scripted("large", copywriter)})

@@ -6,8 +6,7 @@ import asyncio
 import base64
 import io
 import json
-import logging
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from scripts.cli import app
 from tests.ledgers import TENANT, fill, intent_of
 from tests.test_erasure import Hashed
 from workers import config
-from workers.logs import FORMAT, Discreet
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 ANN = "customer-ann"
@@ -195,19 +193,6 @@ class Place:
         """Every file of the data folder: database, write-ahead log, shared memory, notices, witnesses."""
         paths = [path for path in self.folder.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in paths}
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """All that is logged, as workers write it with encryption on."""
-    text, root = io.StringIO(), logging.getLogger()
-    handler, level = logging.StreamHandler(text), root.level
-    handler.setFormatter(Discreet(FORMAT))
-    root.addHandler(handler)
-    root.setLevel(logging.DEBUG)
-    yield text
-    root.removeHandler(handler)
-    root.setLevel(level)
 
 
 @pytest.fixture(params=[False, True], ids=["clear", "sealed"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,23 +28,9 @@ from temporal.schedules import Schedules, Standing
 from tests.conftest import a_key, serving
 from tests.hostile import hostile
 from tests.marked import ALL, EMAIL, NAME, columns, found, said
-from workers.logs import FORMAT, Discreet
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 ON = EncryptionSettings(enabled=True)
-
-
-@pytest.fixture
-def log() -> Iterator[io.StringIO]:
-    """All that workers log while encryption is on, as they write it."""
-    text, root = io.StringIO(), logging.getLogger()
-    handler, level = logging.StreamHandler(text), root.level
-    handler.setFormatter(Discreet(FORMAT))
-    root.addHandler(handler)
-    root.setLevel(logging.DEBUG)
-    yield text
-    root.removeHandler(handler)
-    root.setLevel(level)
 
 
 @pytest.fixture

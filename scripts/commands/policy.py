@@ -152,9 +152,7 @@ async def proposed(
     try:
         wanted = SentAmendment.model_validate(sent | {"base": force.base})
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "autonomy") or "FILE"
-        raise InvalidInput.field(field, first["input"], first["msg"]) from None
+        raise InvalidInput.first(error, "FILE", wrapped={"autonomy"}) from None
     async with opened(settings) as session:
         rules = await _read(session, force, agent)
     data = canonical(wanted)

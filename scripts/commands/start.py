@@ -270,6 +270,4 @@ def _check_proposal(data: bytes) -> str:
     try:
         return SentProposal.model_validate_json(data).title
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "FILE"
-        raise InvalidInput.field(field, first["input"], first["msg"]) from None
+        raise InvalidInput.first(error, "FILE") from None
