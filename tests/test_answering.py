@@ -11,8 +11,8 @@ from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
 from models.gate import Judged, Kind
-from scripts.commands.answer import counted
 from scripts.commands.session import Session
+from temporal.answering import counted
 from temporal.client import answer
 from tests.conftest import Stack, a_key, note
 
@@ -68,12 +68,12 @@ async def test_any_other_error_is_said_at_once_and_patience_ends(
 async def test_an_answer_that_a_lost_task_had_counted_is_found_in_the_ledger(stack: Stack) -> None:
     run = await stack.propose(a_key(), note())
     digest = await stack.digest(run)
-    session, before = Session(stack.settings, stack.database), await stack.events(run)
+    runs, before = Session(stack.settings, stack.database).runs, await stack.events(run)
     assert (await stack.answer(run, Kind.REJECT, digest)).counted
     await run.handle.result()
     mine = {"digest": digest, "approver": "ann@example.test"}
-    found = await counted(session, run.workflow_id, Kind.REJECT, mine, before)
+    found = await counted(runs, run.workflow_id, Kind.REJECT, mine, before)
     assert found is not None and (found.counted, found.state) == (True, "rejected")
     for kind, message in ((Kind.APPROVE, mine), (Kind.REJECT, mine | {"approver": "bob@example.test"})):
-        assert await counted(session, run.workflow_id, kind, message, before) is None
-    assert await counted(session, run.workflow_id, Kind.REJECT, mine, await stack.events(run)) is None
+        assert await counted(runs, run.workflow_id, kind, message, before) is None
+    assert await counted(runs, run.workflow_id, Kind.REJECT, mine, await stack.events(run)) is None

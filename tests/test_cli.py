@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from activities.services.runs import Card
 from models.content import parse_brief
 from models.errors import InvalidInput, Unavailable
 from models.gate import Kind
@@ -26,7 +27,6 @@ from scripts.commands.pages import file_of, read_page, visible_text
 from scripts.commands.people import AtTerminal, Person, Played, Reply
 from scripts.commands.ports import free_port, with_free_ports
 from scripts.commands.session import Session
-from scripts.commands.show import Card, read_run
 from scripts.exits import Exit, code_of
 from tests.conftest import Stack, a_key, note, settings_for, stack_of
 from tests.test_agents_content import BRIEF as WINTER
@@ -379,7 +379,7 @@ async def test_the_person_at_the_terminal_is_asked_until_the_answer_is_one(stack
     run_ = await stack.propose(a_key(), note())
     digest = await stack.digest(run_)
     session = Session(stack.settings, stack.database)
-    card = (await read_run(session, run_.workflow_id)).card
+    card = (await session.runs.read(run_.workflow_id)).card
     assert card is not None and card.digest == digest
     person, out = at_terminal(["what?\n", "v\n", "\n", "v\n", "shorter\n"])
     reply = await person.answer(run_.workflow_id, card)

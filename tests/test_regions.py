@@ -31,9 +31,9 @@ from models.settings import (
     TierSettings,
 )
 from models.visibility import Queue
-from scripts.commands.pending import waiting
 from scripts.commands.session import Session
 from temporal.client import Started, connect, submit
+from temporal.inbox import waiting
 from tests.conftest import Stack, a_key, free_port, note, settings_for, stack_of
 from tests.regional import Recorder, connections, process, stands
 from tests.shared import LIMIT
@@ -215,7 +215,7 @@ async def test_the_centre_sees_that_a_run_waits_and_the_region_what_it_is_about(
         session = Session(place.settings, place.database)
         async with asyncio.timeout(LIMIT * 2):
             while True:
-                rows = await waiting(place.client, session)
+                rows = await waiting(place.client, session.runs, session.tenant)
                 if found := [row for row in rows if row["workflow_id"] == run.workflow_id]:
                     return found[0]
                 await asyncio.sleep(0.05)

@@ -5,31 +5,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import subprocess
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from temporalio.client import WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError
-from temporalio.service import RPCError, RPCStatusCode
 
 from activities.services.identities import statement_of
-from models.canonical import derived_id
+from activities.services.runs import Reading, unknown
 from models.card import visible
-from models.errors import InvalidInput, Unavailable
+from models.errors import InvalidInput
 from models.gate import Answer, Judged, Kind, Refusal, read_message
-from models.ledger import Draft, Event, EventType
 from models.people import NAMESPACE, SECURITY_KEYS
 from models.settings import Settings
-from scripts.commands.session import Json, Run, Session, console, on_terminal, opened, reach, said
-from scripts.commands.show import Reading, print_card, read_run, unknown
+from scripts.commands.session import Json, Run, console, on_terminal, opened, reach, said
+from scripts.commands.show import print_card
 from scripts.exits import Refused
-from temporal.client import answer
 from workers import config
 
-PATIENCE = timedelta(seconds=30)
 SIGNED_FOR = timedelta(minutes=10)
 """How long a signed answer counts before it reaches the run."""
 
@@ -202,45 +196,12 @@ async def _answer(
     sign: Path | None,
 ) -> Judged:
     async with opened(settings) as session:
-        before = await session.events(run)
-        reading = await read_run(session, run) if before else None
+        reading = await session.runs.read(run) if await session.runs.events(run) else None
         message = message | {"digest": _digest(reading, kind, run, message.get("digest"), quiet)}
         _refuse_shape(kind, message)
         if sign is not None:
             message = await signed(settings.tenant, kind, message, sign)
-        client = await reach(settings)
-        try:
-            judged = await answer(client, run, kind, message, PATIENCE)
-            return judged if judged.counted else await counted(session, run, kind, message, before) or judged
-        except RPCError as error:
-            if error.status is not RPCStatusCode.NOT_FOUND:
-                raise
-            if (found := await counted(session, run, kind, message, before)) is not None:
-                return found
-            raise await _closed(session, kind, run, message) from None
-        except WorkflowUpdateFailedError as error:
-            text = str(getattr(error.cause, "message", error.cause))
-            raise InvalidInput.field(kind.value, run, text) from None
-        except WorkflowUpdateRPCTimeoutOrCancelledError:
-            raise Unavailable(
-                f"{kind}: no worker took it within {PATIENCE.seconds} s, and it may or may not count later; "
-                f"start `countersign up`, look with `countersign show {run}`, and answer again if it waits"
-            ) from None
-
-
-async def counted(
-    session: Session, run: str, kind: Kind, message: dict[str, Any], before: Sequence[Event]
-) -> Judged | None:
-    """Whether this answer counted since, by a task that Temporal lost; sent again it comes too late."""
-    known = {event.event_id for event in before}
-    said = {name: message.get(name) for name in ("digest", "approver", "role", "to")} | {"kind": kind.value}
-    for event in await session.events(run):
-        is_answer = event.type in (EventType.VERDICT, EventType.REVIEW) and event.event_id not in known
-        if is_answer and all(event.body.get(name) == value for name, value in said.items()):
-            reading = await read_run(session, run)
-            state = reading.outcome.status if reading.outcome is not None else reading.state
-            return Judged(counted=True, state=state, digest=message["digest"])
-    return None
+        return await session.answering(await reach(settings)).give(run, kind, message)
 
 
 def _digest(reading: Reading | None, kind: Kind, run: str, given: str | None, quiet: bool) -> str:
@@ -268,28 +229,3 @@ def _refuse_shape(kind: Kind, message: dict[str, Any]) -> None:
     if isinstance(read, Refusal):
         option = {"approver": "--as"}.get(read.field, f"--{read.field}")
         raise InvalidInput.field(option, message.get(read.field), read.remedy)
-
-
-async def _closed(session: Session, kind: Kind, run: str, message: dict[str, Any]) -> Exception:
-    """An answer to a run that is over stands in the ledger too."""
-    events = await session.events(run)
-    if not events:
-        return unknown(run)
-    ended = (await read_run(session, run)).outcome
-    remedy = f"the run has ended{f' as {ended.status}' if ended else ''}; nothing is open"
-    approver = str(message["approver"])
-    refusal = Refusal(kind=kind, field="ID", remedy=remedy, approver=approver)
-    parts = [str(message.get(name, "")) for name in ("digest", "approver", "comment", "to", "role")]
-    await session.ledger.add(
-        session.tenant,
-        Draft(
-            event_id=derived_id("closed", session.tenant, run, kind.value, *parts),
-            stream=run,
-            type=EventType.REFUSAL,
-            actor_kind="person",
-            actor_ref=approver,
-            correlation_id=run,
-            body=refusal.model_dump(mode="json"),
-        ),
-    )
-    return Refused(f"not counted: {run}: {remedy}; the attempt stands in the ledger")

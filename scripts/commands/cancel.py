@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from activities.services.runs import unknown
 from models.canonical import derived_id
 from models.card import visible
 from models.ledger import Draft, EventType, cancel_stream
@@ -12,7 +13,6 @@ from models.people import People, unfit
 from models.settings import Settings
 from scripts.commands.answer import As, Comment, identity
 from scripts.commands.session import Json, Run, Session, console, opened, reach, said
-from scripts.commands.show import read_run, unknown
 from scripts.exits import Refused
 from temporal.client import cancel as ask_to_stop
 from temporal.client import is_open
@@ -34,9 +34,9 @@ def cancel(run: Run, as_: As = None, comment: Comment = "", as_json: Json = Fals
 
 async def _cancel(settings: Settings, run: str, who: str, comment: str) -> None:
     async with opened(settings) as session:
-        if not await session.events(run):
+        if not await session.runs.events(run):
             raise unknown(run)
-        reading = await read_run(session, run)
+        reading = await session.runs.read(run)
         if reading.outcome is not None:
             raise Refused(f"{run} has ended as {reading.outcome.status}; there is nothing to stop")
         people = People(people=settings.people)

@@ -35,7 +35,6 @@ from scripts.commands.pages import Page, read_page
 from scripts.commands.people import AtTerminal, Person, Played, typed_line
 from scripts.commands.ports import with_free_ports
 from scripts.commands.session import Json, Session, console, on_terminal, opened, reach, said
-from scripts.commands.show import read_run
 from scripts.commands.start import check, request_of
 from scripts.commands.up import Progress
 from scripts.exits import Exit
@@ -189,7 +188,7 @@ class Demo:
 
     async def _step(self, piece: Piece) -> bool:
         """Look at one run; whether there was news."""
-        events = await self._session.events(piece.run)
+        events = await self._session.runs.events(piece.run)
         fresh = [event for event in events if event.seq > piece.seen]
         for event in fresh:
             self._tell(piece, event)
@@ -217,7 +216,7 @@ class Demo:
         return sent is None or bool(refused)
 
     async def _answer(self, piece: Piece) -> None:
-        reading = await read_run(self._session, piece.run)
+        reading = await self._session.runs.read(piece.run)
         if reading.card is None or reading.waiting is None:
             return
         self._still()

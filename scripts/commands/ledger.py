@@ -64,7 +64,7 @@ async def _tail(limit: int, follow: bool, run: str | None, as_json: bool) -> Non
 async def _newest(session: Session, limit: int, after: int, run: str | None) -> Sequence[Event]:
     if run is None:
         return await session.ledger.tail(session.tenant, limit, after)
-    found = [event for event in await session.events(run) if event.seq > after]
+    found = [event for event in await session.runs.events(run) if event.seq > after]
     return found[-limit:]
 
 

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
+from activities.services.runs import Card
 from models.errors import Unavailable
 from models.gate import Kind, Refusal, read_message
-from scripts.commands.show import Card, print_card
+from scripts.commands.show import print_card
 
 PLAYED = "demo@localhost"
 LETTERS = {"a": Kind.APPROVE, "r": Kind.REJECT, "v": Kind.REVISE}

@@ -99,7 +99,7 @@ async def explained(session: Session, wanted: str) -> tuple[Explained, ...]:
     Raises:
         UnknownName: the ledger has none.
     """
-    events = await session.events(wanted) or await session.events(await _run_of(session, wanted))
+    events = await session.runs.events(wanted) or await session.runs.events(await _run_of(session, wanted))
     run = any(event.correlation_id == wanted for event in events)
     routes = [one for one in events if one.type is EventType.ROUTE and (run or one.event_id == wanted)]
     if not routes:

@@ -21,12 +21,14 @@ from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.requests import Requests
 from activities.services.residence import stores
+from activities.services.runs import Runs
 from models.errors import Unavailable
-from models.ledger import Event
 from models.settings import Settings
 
 if TYPE_CHECKING:
     from temporalio.client import Client
+
+    from temporal.answering import Answering
 
 CONNECT_SECONDS = 10.0
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
@@ -60,9 +62,16 @@ class Session:
         """Claims and outcomes."""
         return Requests(self.database, self.settings.policy, self.settings.pace, utc_now)
 
-    async def events(self, run: str) -> tuple[Event, ...]:
-        """Everything recorded of a run."""
-        return await self.ledger.of_run(self.tenant, run)
+    @property
+    def runs(self) -> Runs:
+        """What is recorded of runs."""
+        return Runs(self.ledger, self.content, self.tenant)
+
+    def answering(self, client: Client) -> Answering:
+        """Answers to what waits."""
+        from temporal.answering import Answering
+
+        return Answering(client, self.runs, self.ledger, self.tenant)
 
 
 def utc_now() -> datetime:

@@ -24,7 +24,7 @@ from models.privacy import found_in
 from models.regions import misplaced
 from models.settings import Settings
 from scripts.commands.session import Json, Session, console, opened, reach, said
-from scripts.commands.show import print_outcome, read_run
+from scripts.commands.show import print_outcome
 from scripts.exits import Exit, Refused
 from temporal.client import is_open, submit
 from workers import config, registry
@@ -179,7 +179,7 @@ async def begin(settings: Settings, request: Request, data: bytes, title: str, w
     async with opened(settings) as session:
         await _refuse_other_body(session, request, run)
         outcome = await session.requests.outcome(request.tenant, request.agent, request.key)
-        if outcome is not None and not (await read_run(session, run)).reviewing:
+        if outcome is not None and not (await session.runs.read(run)).reviewing:
             return _result("ended earlier", request, run, outcome)
         client = await reach(settings)
         word = "found" if await is_open(client, run) else "started"
@@ -195,7 +195,7 @@ def _media(request: Request) -> str:
 
 
 async def _refuse_other_body(session: Session, request: Request, run: str) -> None:
-    for event in await session.events(run):
+    for event in await session.runs.events(run):
         if event.type is EventType.REQUEST and isinstance(request.body, Ref):
             _compare(request, str(event.body["body"]["digest"]))
 

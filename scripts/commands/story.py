@@ -94,7 +94,7 @@ async def collect(session: Session, subject: str) -> list[Moment]:
 
 async def _happened(session: Session, run: str) -> list[Moment]:
     """A run's events; several runs are told apart by the end of their ids."""
-    events = await session.events(run)
+    events = await session.runs.events(run)
     texts = {digest: await _text(session, event, digest) for event in events for digest in digests(event)}
     known = {digest: text for digest, text in texts.items() if text}
     return [
