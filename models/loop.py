@@ -22,9 +22,10 @@ from models.canonical import Digest, derived_id, sha256
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.\-]{0,62}$")]
 """A tenant, agent, connector or operation."""
 
-Amount = Annotated[str, StringConstraints(pattern=r"^\d{1,12}(\.\d{1,8})?$")]
+Amount = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,12}(\.[0-9]{1,8})?$")]
 """A decimal number as a string; its unit stands beside it."""
-
+TOO_MUCH = Decimal(10**12)
+"""No amount is as large; a sum that is counts as unknown."""
 
 Currency = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
 """As EUR."""
@@ -406,7 +407,9 @@ def sum_costs(so_far: Cost | None, more: Cost) -> Cost:
         return more
     amount, currency = None, None
     if so_far.amount is not None and more.amount is not None and so_far.currency == more.currency:
-        amount, currency = str(Decimal(so_far.amount) + Decimal(more.amount)), more.currency
+        total = Decimal(so_far.amount) + Decimal(more.amount)
+        # Written out: what is nearly nothing would be 0E-8 otherwise, which is no amount.
+        amount, currency = (f"{total:f}", more.currency) if total < TOO_MUCH else (None, None)
     return Cost(
         amount=amount,
         currency=currency,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from activities.services.signatures import BEGIN, END
 from models.gate import Kind
 from models.ledger import EventType
 from models.loop import GateRule, Status
@@ -90,6 +91,8 @@ async def test_every_answer_that_is_not_what_ann_signed_is_refused_and_the_run_w
         ("signature", await signed("elsewhere", Kind.APPROVE, message, keys["ann"])),
         ("expires_at", good | past),
         ("expires_at", good | {"expires_at": (now + timedelta(days=9)).isoformat()}),
+        ("expires_at", good | {"issued_at": "0001-01-01T00:00:00Z"}),
+        ("signature", good | {"signature": f"{BEGIN}é{END}"}),
         ("approver", good | {"approver": "mallory"}),
         ("signature", good | {"role": "reader"}),
         ("role", await signed("default", Kind.APPROVE, message | {"role": "owner"}, keys["ann"])),

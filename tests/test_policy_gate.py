@@ -174,6 +174,9 @@ def test_a_signed_answer_is_used_once() -> None:
         ((Cost(amount="1", currency="EUR"), Cost(amount="1", currency="USD")), False),
         ((Cost(),), False),
         ((Cost(amount="1", currency="EUR"), Cost()), False),
+        ((Cost(amount="0.00000000", currency="EUR"),) * 2, True),
+        ((Cost(amount="0.00000004", currency="EUR"),) * 3, True),
+        ((Cost(amount="999999999999", currency="EUR"),) * 3, False),
     ],
 )
 def test_automatic_up_to_an_amount_never_takes_an_unknown_cost(costs: tuple[Cost, ...], passes: bool) -> None:

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from activities.services.identities import Identities
 from activities.services.signatures import BEGIN, END, check, fingerprint
-from models.people import NAMESPACE, Key, Person
+from models.gate import Answer, Kind
+from models.orders import Identification
+from models.people import NAMESPACE, Key, People, Person
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 MESSAGE = b'{"decision":"approve"}'
@@ -98,7 +101,30 @@ def test_no_change_of_one_character_leaves_a_signature_that_counts(
         assert check(changed, MESSAGE, person(key), NOW)[0] is None
 
 
-@given(st.text())
+@given(st.text() | st.text().map(lambda inner: f"{BEGIN}{inner}{END}"))
 def test_rubbish_is_a_reason_and_never_an_exception(text: str) -> None:
     nobody = Person(name="ann", keys=(Key(public="ssh-ed25519 " + "A" * 68),))
     assert check(text, MESSAGE, nobody, NOW)[0] is None
+
+
+MOMENTS = st.datetimes(timezones=st.just(UTC)) | st.sampled_from(
+    [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+)
+
+
+@given(MOMENTS, MOMENTS)
+async def test_an_answer_with_any_dates_is_one_that_can_be_refused(
+    issued: datetime, expires: datetime
+) -> None:
+    nobody = Person(name="ann", keys=(Key(public="ssh-ed25519 " + "A" * 68),))
+    answer = Answer(
+        digest="a" * 64,
+        approver="ann",
+        nonce="0" * 16,
+        issued_at=issued,
+        expires_at=expires,
+        signature=f"{BEGIN}é{END}",
+    )
+    wanted = Identification(tenant="default", kind=Kind.APPROVE, answer=answer)
+    found = await Identities(People(people=(nobody,)), lambda: NOW).identify(wanted)
+    assert found.field in ("signature", "expires_at")

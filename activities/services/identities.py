@@ -66,7 +66,7 @@ class Identities:
             remedy = "a signed answer needs nonce, issued_at and expires_at; use countersign approve --sign"
             return Identity(field="signature", remedy=remedy)
         now = self._clock()
-        if not statement.issued_at - SKEW <= now < statement.expires_at:
+        if not statement.issued_at <= now + SKEW or now >= statement.expires_at:
             return Identity(field="expires_at", remedy="the answer is not valid now; sign again")
         if statement.expires_at - statement.issued_at > LONGEST:
             return Identity(field="expires_at", remedy=f"let it count for at most {LONGEST}; sign again")

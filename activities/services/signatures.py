@@ -193,7 +193,7 @@ def _parse(armoured: str) -> tuple[bytes, bytes, bytes, bytes]:
         raise Unreadable("it is not an SSH signature; make one with ssh-keygen -Y sign")
     try:
         blob = base64.b64decode("".join(text[len(BEGIN) : -len(END)].split()), validate=True)
-    except binascii.Error:
+    except ValueError:
         raise Unreadable("its base64 is broken; copy it whole") from None
     if blob[:6] != MAGIC or blob[6:10] != struct.pack(">I", 1):
         raise Unreadable("it is not an SSH signature of version 1")
