@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import quote
 
 from pydantic import Field, SecretStr, StringConstraints
 
@@ -48,6 +49,28 @@ class TerminalSettings(Frozen):
 
 
 ChannelSettings = Annotated[EmailSettings | WebhookSettings | TerminalSettings, Field(discriminator="kind")]
+
+
+class DeskSettings(Frozen):
+    """The pages on which people read what waits, and answer it; programs too."""
+
+    port: int = Field(default=8235, ge=0, le=65535)
+    """On 127.0.0.1."""
+    token: SecretStr | None = None
+    """At least 16 characters, for everybody who may read and answer; without it there are no pages."""
+    address: str = Field(default="", pattern=r"^(https?://[^/\s]+)?$")
+    """Where people find them, if something stands in front, as `https://desk.example.com`."""
+
+    @property
+    def found_at(self) -> str:
+        """Where people find the pages; empty if there are none."""
+        served = self.token is not None and self.port != 0
+        return (self.address or f"http://127.0.0.1:{self.port}") if served else ""
+
+
+def path_of(run: str) -> str:
+    """Where the desk has the page of a run."""
+    return f"/runs/{quote(run, safe='')}"
 
 
 def mistake(channels: tuple[ChannelSettings, ...], policy: Policy) -> str | None:

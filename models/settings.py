@@ -11,7 +11,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.budget import Budget, same_scope
-from models.channels import ChannelSettings, mistake
+from models.channels import ChannelSettings, DeskSettings, mistake
 from models.cosigners import CosignerSettings
 from models.inference import DataClass
 from models.knowledge import PrewarmSettings
@@ -323,6 +323,7 @@ class Settings(Frozen):
     """Who may answer; with nobody named, any name counts as claimed."""
     channels: tuple[ChannelSettings, ...] = Field(default=(), validate_default=True)
     """On which people hear that something waits, besides the inbox."""
+    desk: DeskSettings = DeskSettings()
     ledger: LedgerSettings = LedgerSettings()
     encryption: EncryptionSettings = EncryptionSettings()
     regions: dict[Name, RegionSettings] = Field(default_factory=dict)

@@ -114,6 +114,8 @@ def children(settings: Settings, kept: Path, grace: float = 15.0) -> list[Child]
 def addresses(settings: Settings) -> dict[str, str]:
     """Where to look, by name."""
     found = {f"site {site.name}": site.address for site in settings.sites}
+    if settings.desk.found_at:
+        found["desk"] = settings.desk.found_at
     found["logs"] = str(log_folder(settings))
     if has_codec(settings):
         found["sealed payloads"] = f"{codec_address(settings)}/signin"
@@ -187,6 +189,8 @@ def ports(settings: Settings) -> list[Port]:
     if "desk" in settings.roles:
         served = (site for site in settings.sites if site.serve)
         found += [_port(f"sites.{site.name}.address", site.address) for site in served]
+        if settings.desk.found_at:
+            found += [Port("desk.port", "127.0.0.1", settings.desk.port)]
     seen: dict[int, str] = {}
     for port in found:
         if port.host not in LOCAL:

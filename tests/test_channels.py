@@ -8,21 +8,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
+from pydantic import SecretStr
 from temporalio.api.common.v1 import Payload, Payloads, WorkflowExecution
 from temporalio.api.workflowservice.v1 import SignalWorkflowExecutionRequest
 from temporalio.service import RPCError, RPCStatusCode
 
 from activities.services.identities import statement_of
+from models.channels import DeskSettings
 from models.gate import Answer, Kind
 from models.loop import GateRule, Request, Status
 from models.people import Key, Person
 from models.policy import AgentPolicy, Policy
 from models.settings import TemporalSettings
+from models.visibility import Role
 from scripts.commands.answer import _answer, signed
 from temporal.client import Started, answer, submit
-from tests.conftest import Stack, a_key, note, settings_for, stack_of
+from tests.conftest import ROLES, Stack, a_key, free_port, note, settings_for, stack_of
 from tests.test_people import public
 from tests.test_signatures import make_key, sign
 
@@ -30,6 +34,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NAMES = ("ann", "bob", "carl", "dora", "eve", "ines", "external")
 PATIENCE = timedelta(seconds=30)
+TOKEN = "a-token-of-the-desk-0123456789"
 Message = dict[str, Any]
 
 
@@ -39,6 +44,8 @@ class Room:
 
     stack: Stack
     keys: dict[str, Path]
+    http: httpx.AsyncClient
+    """Of the desk."""
 
     async def start(self) -> Started:
         body = json.dumps({"title": "t", "actions": [note(a_key())]})
@@ -92,7 +99,13 @@ async def by_any_program(room: Room, run: Started, kind: Kind, message: Message)
     )
 
 
-CHANNELS = (by_signal, by_update, by_command, by_any_program)
+async def by_webhook(room: Room, run: Started, kind: Kind, message: Message) -> None:
+    """Posted to the desk."""
+    got = await room.http.post(f"/runs/{run.workflow_id}/{kind.value}", json=message)
+    assert (got.status_code, got.json()["counted"]) == (409, False)
+
+
+CHANNELS = (by_signal, by_update, by_command, by_any_program, by_webhook)
 
 
 # What is wrong.
@@ -209,10 +222,15 @@ async def room(temporal: TemporalSettings, tmp_path_factory: pytest.TempPathFact
     )
     rule = GateRule(assurance="signed", approvals=2, veto_roles=("legal",), remind_seconds=None)
     policy = Policy(agents={"external": AgentPolicy(connectors=("null",), gate=rule)})
-    settings = settings_for(temporal, folder / "data", policy=policy, people=people)
+    desk = DeskSettings(port=free_port(), token=SecretStr(TOKEN))
+    settings = settings_for(temporal, folder / "data", policy=policy, people=people, desk=desk)
     settings.data.mkdir()
-    async with stack_of(settings) as stack:
-        yield Room(stack, keys)
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with (
+        stack_of(settings, roles=(*ROLES, Role.DESK)) as stack,
+        httpx.AsyncClient(base_url=desk.found_at, headers=headers, trust_env=False, timeout=60) as http,
+    ):
+        yield Room(stack, keys, http)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
@@ -253,7 +271,8 @@ async def test_after_a_veto_there_is_nothing_left_to_answer_whichever_way_it_com
         with pytest.raises(RPCError) as caught:
             await send(room, run, Kind.APPROVE, message)
         assert caught.value.status is RPCStatusCode.NOT_FOUND
-    await by_command(room, run, Kind.APPROVE, message)
+    for send in (by_command, by_webhook):
+        await send(room, run, Kind.APPROVE, message)
     [refusal] = await room.refusals(run, 1)
     assert "ended as rejected" in refusal["remedy"]
     assert len(room.stack.notes()) == before

@@ -55,6 +55,7 @@ from activities.services.intents import Intents
 from activities.services.knowing import Knowing, keep_known
 from activities.services.leases import Leases
 from activities.services.ledger_store import LedgerStore
+from activities.services.listening import Listening
 from activities.services.loads import Loads
 from activities.services.memory_store import MemoryStore, Vectors
 from activities.services.notices import Noticing, channels
@@ -64,6 +65,7 @@ from activities.services.requests import Requests
 from activities.services.residence import stores
 from activities.services.router import Alike, Answerer
 from activities.services.routes import Measurements, Routes
+from activities.services.runs import Runs
 from activities.services.short_term import ShortTerm, metered
 from activities.services.site_server import SiteServer
 from activities.services.tidying import keep_tidy
@@ -356,7 +358,7 @@ class _Composer:
         settings = self._settings
         client = await self._stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
         known = channels(settings.channels, settings.data / "notices", client)
-        return Noticing(self._database, known, utc_now)
+        return Noticing(self._database, known, utc_now, settings.desk.found_at)
 
     async def _connectors(self) -> dict[str, Connector]:
         settings = self._settings
@@ -376,9 +378,20 @@ class _Composer:
             await self._background(keep_signing, self._checkpoints(), every)
         for site in self._settings.sites:
             if site.serve:
-                server = SiteServer(self._settings.data / site.build, httpx.URL(site.address).port or 80)
-                await server.start()
-                self._stack.push_async_callback(server.close)
+                await self._serve(
+                    SiteServer(self._settings.data / site.build, httpx.URL(site.address).port or 80)
+                )
+        if self._settings.desk.found_at:
+            # Loaded only where it is used: it brings what renders pages.
+            from temporal.desk import Desk
+
+            tenant, names = self._settings.tenant, [person.name for person in self._settings.people]
+            runs = Runs(self._ledger, self._content, tenant)
+            await self._serve(Desk(self._client, runs, self._ledger, tenant, self._settings.desk, names))
+
+    async def _serve(self, server: Listening) -> None:
+        await server.start()
+        self._stack.push_async_callback(server.close)
 
     def _checkpoints(self) -> Checkpoints:
         ledger, data = self._settings.ledger, self._settings.data

@@ -27,7 +27,7 @@ from activities.services.content import get_blob
 from activities.services.database import Database
 from activities.services.regions import home_behind
 from models.card import visible
-from models.channels import ChannelSettings, EmailSettings, WebhookSettings
+from models.channels import ChannelSettings, EmailSettings, WebhookSettings, path_of
 from models.errors import ConnectorRejected, CredentialsRejected, RateLimited, Unavailable, UnknownName
 from models.loop import Intent
 from models.notices import FIRST_ROUND, NoticeOrder, Told
@@ -46,6 +46,8 @@ class Notice:
     card: str
     card_digest: str
     expires_at: datetime
+    desk: str = ""
+    """Where its pages are, if it has any."""
 
     @property
     def id(self) -> str:
@@ -59,23 +61,29 @@ class Notice:
         return f"countersign approve {visible(self.order.workflow_id)}{review} --digest {self.order.digest}"
 
     @property
+    def page(self) -> str:
+        """Where to read and answer it in a browser; empty without a desk."""
+        return f"{self.desk}{path_of(self.order.workflow_id)}" if self.desk else ""
+
+    @property
     def is_review(self) -> bool:
         """Whether it is about what was done already, by breaking the glass."""
         return self.order.round >= FIRST_ROUND
 
     def text(self) -> str:
         """The card, and how to answer."""
+        page = f"Its page: {self.page}\n" if self.page else ""
         if self.is_review:
             late = "ALARM: its review is late.\n\n" if self.order.round > FIRST_ROUND else ""
             return (
                 f"{late}Somebody broke the glass and went ahead with this alone.\n\n{self.card}\n\n"
                 f"Somebody who had no part in it has to say whether that was right:\n\n    {self.command}\n\n"
-                "or reject instead of approve.\n"
+                f"or reject instead of approve.\n{page}"
             )
         again = f"Reminder {self.order.round}: this still waits.\n\n" if self.order.round else ""
         return (
             f"{again}{self.card}\n\nOpen until {self.expires_at.isoformat()} at the latest.\n"
-            f"To answer:\n\n    {self.command}\n\nor reject, revise, delegate instead of approve.\n"
+            f"To answer:\n\n    {self.command}\n\nor reject, revise, delegate instead of approve.\n{page}"
         )
 
 
@@ -90,11 +98,14 @@ class Channel(Protocol):
 class Noticing:
     """Reads what is bound, and tells people."""
 
-    def __init__(self, database: Database, channels: Mapping[str, Channel], clock: Clock) -> None:
-        """Channels by the names that policy uses."""
+    def __init__(
+        self, database: Database, channels: Mapping[str, Channel], clock: Clock, desk: str = ""
+    ) -> None:
+        """Channels by the names that policy uses; where the desk's pages are, if there are any."""
         self._database = database
         self._channels = channels
         self._clock = clock
+        self._desk = desk
 
     async def notify(self, order: NoticeOrder) -> Told:
         """Tell people on one channel.
@@ -116,9 +127,10 @@ class Noticing:
         if (home := home_behind(self._database)) is not None:
             # Mail servers and screens are anywhere; who may read it, reads it in the region.
             title, card = f"bound to region {home.region}", _limited(order, home.region)
-            return Notice(order, title, card, intent.card_digest, intent.expires_at)
-        card = await self._database.read(lambda link: get_blob(link, order.tenant, intent.card_digest))
-        return Notice(order, intent.proposal.title, card.decode(), intent.card_digest, intent.expires_at)
+        else:
+            data = await self._database.read(lambda link: get_blob(link, order.tenant, intent.card_digest))
+            title, card = intent.proposal.title, data.decode()
+        return Notice(order, title, card, intent.card_digest, intent.expires_at, self._desk)
 
 
 class Email:
@@ -258,6 +270,7 @@ def told(notice: Notice) -> bytes:
             "round": order.round,
             "open_until": notice.expires_at.isoformat(),
             "command": notice.command,
+            "page": notice.page,
         },
         sort_keys=True,
     ).encode()

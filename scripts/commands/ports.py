@@ -32,6 +32,8 @@ def moved(settings: Settings, port: Port, other: int) -> Settings:
             return settings.model_copy(update={"temporal": temporal})
         case _, "temporal.ui_port":
             return settings.model_copy(update={"temporal": temporal.model_copy(update={"ui_port": other})})
+        case "desk", _:
+            return settings.model_copy(update={"desk": settings.desk.model_copy(update={"port": other})})
         case "tiers", _:
             tiers = tuple(_moved(tier, "url", tier.url, port, other) for tier in settings.tiers)
             return settings.model_copy(update={"tiers": tiers})
