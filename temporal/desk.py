@@ -18,7 +18,7 @@ from activities.services import pages
 from activities.services.ledger_store import LedgerStore
 from activities.services.runs import Runs
 from activities.services.signing_in import Handler, SignedIn, refusal
-from models.channels import DeskSettings
+from models.channels import DeskSettings, path_of
 from models.errors import CountersignError, InvalidInput, LedgerBroken
 from models.gate import Kind, Refusal, read_message
 from temporal.answering import Answering
@@ -60,6 +60,7 @@ class Desk(SignedIn):
         app.router.add_get("/", self._list)
         app.router.add_get("/runs/{run}", self._show)
         app.router.add_post("/runs/{run}/{kind}", self._take)
+        app.router.add_get("/runs/{run}/{kind}", self._back)
 
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -90,6 +91,10 @@ class Desk(SignedIn):
         if _reads_pages(request):
             return _page(pages.run_page(reading, self._people))
         return web.json_response(reading.plain() | {"card": reading.card.full if reading.card else ""})
+
+    async def _back(self, request: web.Request) -> web.Response:
+        """A browser that comes again to where it answered."""
+        return _to(path_of(request.match_info["run"]))
 
     async def _take(self, request: web.Request) -> web.Response:
         run, kind = request.match_info["run"], _kind(request.match_info["kind"])
