@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from activities.services.database import Database
 from activities.services.turns import Turns
@@ -129,3 +130,19 @@ async def test_writes_go_on_beside_a_process_that_stopped_in_its_turn(tmp_path: 
     assert await database.read(lambda link: link.execute(text("SELECT a FROM t")).scalar_one()) == 1
     database.close()
     os.close(file)
+
+
+async def test_a_file_that_stays_locked_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("activities.services.database.BUSY_MILLISECONDS", 1)
+    url = f"sqlite:///{tmp_path / 'locked.db'}"
+    ours, theirs = Database(url), Database(url)
+    with theirs.engine.connect() as link:
+        link.connection.cursor().execute("BEGIN IMMEDIATE")
+        with pytest.raises(OperationalError, match="locked"):
+            await ours.write(lambda connection: connection.execute(text("CREATE TABLE t (n INTEGER)")))
+        link.connection.rollback()
+    await ours.write(lambda connection: connection.execute(text("CREATE TABLE t (n INTEGER)")))
+    for one in (ours, theirs):
+        one.close()

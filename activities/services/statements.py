@@ -80,6 +80,14 @@ class Insertion:
         cursor.close()
 
 
+def run_plain(connection: Connection, sql: str) -> None:
+    """A statement without values, also one that begins a transaction."""
+    try:
+        connection.connection.cursor().execute(sql)
+    except Exception as error:
+        raise _wrapped(connection, sql, error) from error
+
+
 def _cursor(connection: Connection) -> Any:
     # The driver knows nothing of transactions that SQLAlchemy begins by itself.
     if not connection.in_transaction():
