@@ -114,7 +114,7 @@ def children(settings: Settings, kept: Path, grace: float = 15.0) -> list[Child]
 def addresses(settings: Settings) -> dict[str, str]:
     """Where to look, by name."""
     found = {f"site {site.name}": site.address for site in settings.sites}
-    if settings.desk.found_at:
+    if settings.desk.found_at and "desk" in settings.roles:
         found["desk"] = settings.desk.found_at
     found["logs"] = str(log_folder(settings))
     if has_codec(settings):

@@ -6,6 +6,7 @@ come here, not who they are: a name counts as claimed unless the answer is signe
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any, cast
@@ -16,11 +17,11 @@ from temporalio.client import Client
 
 from activities.services import pages
 from activities.services.ledger_store import LedgerStore
-from activities.services.runs import Runs
+from activities.services.runs import Reading, Runs
 from activities.services.signing_in import Handler, SignedIn, refusal
 from models.channels import DeskSettings, path_of
 from models.errors import CountersignError, InvalidInput, LedgerBroken
-from models.gate import Kind, Refusal, read_message
+from models.gate import Judged, Kind, Refusal, read_message
 from temporal.answering import Answering
 from temporal.inbox import waiting
 
@@ -89,8 +90,12 @@ class Desk(SignedIn):
     async def _show(self, request: web.Request) -> web.Response:
         reading = await self._runs.read(request.match_info["run"])
         if _reads_pages(request):
-            return _page(pages.run_page(reading, self._people))
+            return _page(await self._drawn(reading))
         return web.json_response(reading.plain() | {"card": reading.card.full if reading.card else ""})
+
+    async def _drawn(self, reading: Reading, judged: Judged | None = None) -> str:
+        # A diff may be of megabytes, and the role does other things besides.
+        return await asyncio.to_thread(pages.run_page, reading, self._people, judged)
 
     async def _back(self, request: web.Request) -> web.Response:
         """A browser that comes again to where it answered."""
@@ -105,7 +110,7 @@ class Desk(SignedIn):
         judged = await self._answering.give(run, kind, message)
         status = 200 if judged.counted else 409
         if _reads_pages(request):
-            return _page(pages.run_page(await self._runs.read(run), self._people, judged), status)
+            return _page(await self._drawn(await self._runs.read(run), judged), status)
         return web.json_response(judged.model_dump(mode="json"), status=status)
 
 
