@@ -6,15 +6,8 @@
 
 KEY is what `countersign ledger key` prints, from where you trust it; repeat it for each key that signed.
 NOTE is a file with a checkpoint kept outside; --witness-key KEY wants one that a co-signer cosigned. Exit 0:
-sound. 1: tampered, with the first bad event. 2: not to be told, something is missing. The tree is that of RFC
-9162. The verdicts before an effect must be enough under the gate of its intent, and what is gone must have
-been ordered to go. An export is one JSON object a line:
-
-    {"format", "origin", "tenant", "size", "root"}   first
-    {"intent": SHA-256, "data_base64"}               what people were asked, before the event that names it
-    {"specversion": "1.0", …, "data_base64"}         an event in CloudEvents names, and the bytes of its leaf
-    {"checkpoint": NOTE}                             a signed note (C2SP), after the last event that it covers
-    {"gone": NAME, "key", "at"}                      an erased payload before its event, a destroyed key first
+sound. 1: tampered, with the first bad event. 2: not to be told, something is missing. The verdicts before an
+effect must be enough under the gate of its intent, and what is gone must have been ordered to go.
 """
 
 import argparse
@@ -24,10 +17,12 @@ import sys
 import time
 from base64 import b64decode, b64encode
 from collections import defaultdict
+from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import reduce
+from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +33,32 @@ Plain = dict[str, Any]
 Run = dict[str, set[Any]]  # digests and action keys, by what they have in common
 Verdicts = list[tuple[Plain, str]]
 Others = tuple[list["Key"], int]  # co-signers, and how many of them are needed
-NOBODY: Others = ([], 0)
 FORMAT = "countersign-ledger/1"
-NAMES = {
-    **{"id": "event_id", "subject": "stream", "time": "recorded_at", "sequence": "seq"},
-    **{"streamversion": "version", "correlationid": "correlation_id"},
-}
 EFFECTS = ("apply", "compensation", "receipt")
 LEVELS = ("claimed", "principal", "signed")
 CLASSES = ("read_only", "reversible", "correctable", "irreversible")
 POLICY = "gate_policy"
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 moment = datetime.fromisoformat
+EPOCH = moment("1970-01-01T00:00:00+00:00")
+plainly = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+sorted_out = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+
+
+def shape(plain: Plain) -> tuple[Any, ...]:
+    """Names and types of what stands in an object, in its order."""
+    return (*plain, *map(type, plain.values()))
+
+
+# The bytes of an event; first, the beginning; an intent before its event; a signed note after the last event
+# that it covers; an erased payload before its event, and a destroyed key right after the beginning.
+written = {"actor_kind": "", "actor_ref": "", "body": {}, "causation_id": None, "correlation_id": ""}
+written |= dict.fromkeys(("event_id", "log_id", "recorded_at"), "") | {"seq": 0}
+written |= dict.fromkeys(("span_id", "stream", "trace_id", "type"), "") | {"version": 0}
+shapes = {shape(written), shape(written | {"causation_id": ""}), shape({"checkpoint": ""})}
+shapes |= {shape({"format": "", "origin": "", "root": "", "size": 0, "tenant": ""})}
+shapes |= {shape({"data_base64": "", "intent": ""})}
+shapes |= {shape({"at": at, "gone": "", "key": key}) for at in ("", None) for key in ("", None)}
 
 
 def node(left: bytes, right: bytes) -> bytes:
@@ -85,21 +95,23 @@ class Key:
 
     def claims(self, line: str) -> bytes:
         """What a line that says it is this key's encodes; empty if it does not say so."""
+        start, said, encoded = line.partition(f"— {self.name} ")
         try:
-            data = b64decode(line.removeprefix(f"— {self.name} "), validate=True)
+            data = b64decode(encoded, validate=True) if said and not start else b""
         except ValueError:
             return b""
         return data if data[:4] == self.hash else b""
 
     def signed(self, text: str, line: str) -> bool:
-        """Whether a signature line is this key's, over this text."""
+        """Whether a signature line is this key's, over this text; who signs is named after the log."""
         data = self.claims(line)
         time = f"cosignature/v1\ntime {int.from_bytes(data[4:12])}\n" if self.cosigns else ""
         try:
             self.public.verify(data[12 if self.cosigns else 4 :], f"{time}{text}".encode())
         except InvalidSignature:
             return False
-        return f"— {self.name} {b64encode(data).decode()}" == line
+        mine = self.cosigns or text.startswith(f"{self.name}\n")
+        return mine and f"— {self.name} {b64encode(data).decode()}" == line
 
 
 def successors(body: Plain, keys: list[Key]) -> list[Key]:
@@ -114,9 +126,10 @@ def successors(body: Plain, keys: list[Key]) -> list[Key]:
 def read_note(note: str) -> tuple[str, int, bytes]:
     """Origin, size and root of a checkpoint."""
     origin, size, root = note.partition("\n\n")[0].split("\n")
-    if f"{int(size)}" != size or int(size) < 0 or len(b64decode(root, validate=True)) != 32:
+    data = b64decode(root, validate=True)
+    if f"{int(size)}" != size or int(size) < 0 or len(data) != 32 or b64encode(data).decode() != root:
         raise ValueError("a size is written plainly, a root has 32 bytes")
-    return origin, int(size), b64decode(root)
+    return origin, int(size), data
 
 
 def is_signed(note: str, keys: list[Key]) -> bool:
@@ -138,19 +151,17 @@ def cosigners(note: str, keys: list[Key]) -> tuple[int, list[str]]:
 def alone(intent: Plain) -> bool:
     """Whether an intent needs no person: by its gate's limits, or by the narrow grant bound into it."""
     gate, plans, use = intent["gate"], intent["plans"], intent.get("use")
-    if any(plan["connector"] == POLICY for plan in plans):
-        return False
-    if use and use["number"] <= use["grant"]["max_uses"] and covers(use["grant"], intent):
+    people = any(plan["connector"] == POLICY for plan in plans)
+    if use and not people and use["number"] <= use["grant"]["max_uses"] and covers(use["grant"], intent):
         return True
     limit = CLASSES.index(gate.get("automatic_up_to", "reversible"))
-    within = gate.get("automatic_within") or {}
-    harmless = little(within, plans) and all(CLASSES.index(plan["reversibility"]) <= limit for plan in plans)
-    if not gate["automatic"] or not harmless or gate.get("automatic_amount") is None:
-        return bool(gate["automatic"] and harmless)
-    costs = [plan["cost"] for plan in plans]
-    if any(cost["amount"] is None or cost["currency"] != gate["automatic_currency"] for cost in costs):
-        return False
-    return sum(Decimal(cost["amount"]) for cost in costs) <= Decimal(gate["automatic_amount"])
+    harmless = gate["automatic"] and all(CLASSES.index(plan["reversibility"]) <= limit for plan in plans)
+    harmless = bool(harmless and not people and little(gate.get("automatic_within") or {}, plans))
+    if not harmless or gate.get("automatic_amount") is None:
+        return harmless
+    costs, currency = [plan["cost"] for plan in plans], gate["automatic_currency"]
+    known = all(cost["amount"] is not None and cost["currency"] == currency for cost in costs)
+    return known and sum(Decimal(cost["amount"]) for cost in costs) <= Decimal(gate["automatic_amount"])
 
 
 def little(limits: Plain, plans: list[Plain]) -> bool:
@@ -167,13 +178,12 @@ def little(limits: Plain, plans: list[Plain]) -> bool:
 
 def covers(grant: Plain, intent: Plain) -> bool:
     """Whether all that is planned lies within a grant at the time of the intent."""
-    limit = CLASSES.index(grant["up_to"])
     in_time = moment(intent["created_at"]) <= moment(grant["valid_until"]) and little(grant, intent["plans"])
     return in_time and all(
         plan["connector"] == grant["connector"]
         and plan["operation"] in grant["operations"]
         and any(fnmatchcase(plan["target"], pattern) for pattern in grant["targets"])
-        and CLASSES.index(plan["reversibility"]) <= limit
+        and CLASSES.index(plan["reversibility"]) <= CLASSES.index(grant["up_to"])
         for plan in intent["plans"]
     )
 
@@ -182,16 +192,15 @@ def broken(intent: Plain, verdict: Plain) -> bool:
     """Whether the glass of an intent was rightly broken, so that one answer is enough."""
     glass = intent["gate"].get("break_glass") or {"roles": (), "classes": ()}
     worst = max((plan["reversibility"] for plan in intent["plans"]), key=CLASSES.index, default="read_only")
-    known = verdict["assurance"] == "signed" and verdict.get("role") in glass["roles"]
-    known = known and sure(intent["gate"], verdict)
+    known = verdict["assurance"] == "signed" and sure(intent["gate"], verdict)
     own = verdict["approver"].casefold() == intent["proposer"].casefold()
-    return known and worst in glass["classes"] and not own
+    return known and verdict.get("role") in glass["roles"] and worst in glass["classes"] and not own
 
 
 def sure(gate: Plain, verdict: Plain) -> bool:
     """Whether an approver was known as surely as the gate asks."""
-    levels = LEVELS.index(verdict.get("assurance", "claimed")), LEVELS.index(gate.get("assurance", "claimed"))
-    return levels[0] >= levels[1] and bool(verdict.get("hardware") or not gate.get("hardware"))
+    level, least = (LEVELS.index(one.get("assurance", "claimed")) for one in (verdict, gate))
+    return level >= least and (verdict.get("hardware") is True or not gate.get("hardware"))
 
 
 def passed(intent: Plain, verdicts: Verdicts) -> bool:
@@ -199,19 +208,17 @@ def passed(intent: Plain, verdicts: Verdicts) -> bool:
     gate = intent["gate"]
     if alone(intent):
         return True
-    wanting = {intent["proposer"].casefold()}
-    if intent.get("requester") and not gate.get("self_approval"):
-        wanting.add(intent["requester"].casefold())
+    asked = None if gate.get("self_approval") else intent.get("requester")
+    wanting = {one.casefold() for one in (intent["proposer"], asked) if one is not None}
     approved: dict[str, str | None] = {}
     for verdict, _ in verdicts:
         if verdict["kind"] in ("reject", "revise"):
             return False
-        if verdict["kind"] == "approve" and verdict.get("break_glass"):
-            if broken(intent, verdict):
-                return True
-        elif not sure(gate, verdict):
-            continue
-        elif verdict["kind"] == "approve" and verdict["approver"].casefold() not in wanting:
+        plain = not verdict.get("break_glass")
+        if verdict["kind"] == "approve" and not plain and broken(intent, verdict):
+            return True
+        counts = plain and verdict["kind"] == "approve" and sure(gate, verdict)
+        if counts and verdict["approver"].casefold() not in wanting:
             approved[verdict["approver"].casefold()] = verdict.get("role")
             if len(approved) >= gate["approvals"] and set(approved.values()) >= set(gate["roles"]):
                 return True
@@ -221,11 +228,10 @@ def passed(intent: Plain, verdicts: Verdicts) -> bool:
 def loose(intent: Plain) -> bool:
     """Whether it would change a policy, under a gate that is too wide for that."""
     gate, actions = intent["gate"], intent["proposal"]["actions"]
-    if all(one["connector"] != POLICY for one in (*actions, *intent["plans"])):
-        return False
+    about = any(one["connector"] == POLICY for one in (*actions, *intent["plans"]))
     wide = gate["automatic"] or gate.get("self_approval") or gate.get("break_glass") or not gate["roles"]
-    named = intent["proposer"] == "policy" and len(actions) == 1 and intent.get("requester")
-    return bool(wide or not named or gate.get("assurance") != "signed")
+    named = intent["proposer"] == "policy" and len(actions) == 1 and intent.get("requester") is not None
+    return about and bool(wide or not named or gate.get("assurance") != "signed")
 
 
 def outrun(verdicts: Verdicts) -> bool:
@@ -236,15 +242,17 @@ def outrun(verdicts: Verdicts) -> bool:
         plain = verdict["kind"] == "approve" and not verdict.get("break_glass")
         if plain and until is not None and moment(at) > moment(until):
             return True
-        if verdict["kind"] == "delegate" and verdict["to"]:
+        if verdict["kind"] == "delegate" and verdict.get("to"):
             ends[verdict["to"].casefold()] = verdict.get("until")
     return False
 
 
-def forbidden(run: Run, intent: Plain, digest: str, action: int, now: str, verdicts: Verdicts) -> str:
+def forbidden(run: Run, intent: Plain, digest: str, action: int, event: Plain, verdicts: Verdicts) -> str:
     """Why an effect of this intent was not allowed at that time; empty if it was."""
-    due, limit = intent["proposal"]["not_before"], moment(intent["expires_at"])
+    due, limit, now = intent["proposal"]["not_before"], moment(intent["expires_at"]), event["recorded_at"]
+    bound, here = (intent["workflow_id"], intent["tenant"]), (event["correlation_id"], event["log_id"])
     reasons = (
+        (bound != here, "its intent was bound for another run"),
         (all(plan["action"] != action for plan in intent["plans"]), "it is not part of the intent"),
         (loose(intent), "its gate is too wide for a change of policy"),
         (digest not in run["intents"], "no such intent stands before it"),
@@ -264,7 +272,7 @@ class Conduct:
     def __init__(self) -> None:
         self.runs: dict[str, Run] = defaultdict(lambda: defaultdict(set))
         self.verdicts: dict[str, Verdicts] = defaultdict(list)
-        self.intents: dict[str, bytes] = {}
+        self.intents: dict[str, Plain] = {}
         self.streams: dict[str, str] = {}
         self.missing: set[str] = set()
         self.ordered: dict[str | None, datetime] = {}
@@ -279,11 +287,14 @@ class Conduct:
             return self._of_erasure(event, kind, body)
         if kind == "policy.changed":
             return self._of_policy(run, event, body)
-        if stream == name:
+        if stream == name and kind not in ("apply", "receipt"):
             return self._of_run(run, event, kind, body, str(body.get("digest")))
-        if kind in EFFECTS and stream == f"{name}/act":
+        if stream != f"{name}/act":
+            return ["it is an effect, and does not stand in the stream of its run"] * (kind in EFFECTS)
+        if kind in EFFECTS:
             return self._of_effect(run, event, kind, str(body.get("key")))
-        run[kind].add(str(body.get("key")))
+        if kind in ("absent", "in_doubt"):
+            run[kind].add(str(body.get("key")))
         return []
 
     def _of_run(self, run: Run, event: Plain, kind: str, body: Plain, digest: str) -> list[str]:
@@ -291,7 +302,7 @@ class Conduct:
         if kind == "intent":
             run["intents"].add(digest)
             run["last"] = {digest}
-            bound = json.loads(self.intents[digest])["workflow_id"] if digest in self.intents else here
+            bound = self.intents.get(digest, {"workflow_id": here})["workflow_id"]
             if self.streams.setdefault(digest, here) != here or bound != here:
                 wrong.append(f"intent {digest} belongs to another run")
         elif kind == "verdict":
@@ -300,7 +311,7 @@ class Conduct:
                 wrong.append("it is a verdict on an intent that does not stand before it in this run")
         elif kind in ("drift", "compensation") or (kind == "gate" and body.get("standing") == "expired"):
             run["over"].add(digest)
-            run["undo"].update((digest, number) for number in body.get("actions", ()))
+            run["undo"].update((digest, one) for one in body.get("actions", ()) if kind == "compensation")
         elif kind == "outcome":
             run["ended"].add(body.get("status"))
             for one in run.pop("intents", ()):
@@ -309,11 +320,10 @@ class Conduct:
 
     def _of_policy(self, run: Run, event: Plain, body: Plain) -> list[str]:
         key, digest = str(body.get("key")), str(body.get("digest"))
+        plans = self.intents.get(digest, {"plans": []})["plans"]
         fits = key == f"{digest}.0" + ".undo" * ("withdraws" in body)
         fits = fits and event["stream"] == f"policy/{body.get('agent')}"
-        if digest in self.intents:
-            plans = json.loads(self.intents[digest])["plans"]
-            fits = fits and all(plan["connector"] == POLICY for plan in plans)
+        fits = fits and all(plan["connector"] == POLICY for plan in plans)
         allowed = key in run["tried"] and key not in run["done"] | run["changed"] | run["absent"]
         run["changed"].add(key)
         return [] if fits and allowed else [f"policy was changed under {key}, and nobody had agreed to that"]
@@ -321,22 +331,18 @@ class Conduct:
     def _of_erasure(self, event: Plain, kind: str, body: Plain) -> list[str]:
         if kind == "erasure":
             answers = self.orders.pop(str(body.get("order")), None) == event["stream"]
-            return (
-                [] if answers else ["it is the receipt of an erasure, and no order to erase stands before it"]
-            )
+            return [] if answers else ["it is the receipt of an erasure, and nobody had ordered that"]
         self.orders[event["event_id"]] = event["stream"]
-        for name in (*body["payloads"], body.get("key", "")):
-            self.ordered.setdefault(name, moment(event["recorded_at"]))
+        for name in (*body.get("payloads", ()), body.get("key", "")):
+            self.ordered.setdefault(str(name), moment(event["recorded_at"]))
         return []
 
-    def unordered(self) -> list[tuple[int, str]]:
+    def unordered(self) -> Iterator[tuple[int, str]]:
         """What is gone without an order to erase it, or before one."""
-        wrong = list[tuple[int, str]]()
         for seq, name, key, at in self.gone:
             when = [self.ordered[one] for one in (name, key) if one in self.ordered]
             if not when or (at is not None and at < min(when)):
-                wrong.append((seq, f"{name} is gone, and nobody had ordered it to be erased"))
-        return wrong
+                yield seq, f"{name} is gone, and nobody had ordered it to be erased"
 
     def _of_effect(self, run: Run, event: Plain, kind: str, key: str) -> list[str]:
         digest, action = str(event["body"].get("digest")), int(event["body"].get("action", -1))
@@ -364,14 +370,13 @@ class Conduct:
         if digest not in self.intents:
             self.missing.add(digest)
             return ""
-        intent, verdicts = json.loads(self.intents[digest]), self.verdicts[digest]
-        return forbidden(run, intent, digest, action, event["recorded_at"], verdicts)
+        return forbidden(run, self.intents[digest], digest, action, event, self.verdicts[digest])
 
 
 class Check:
     """One pass over an export."""
 
-    def __init__(self, keys: list[Key], old: list[str], others: Others = NOBODY) -> None:
+    def __init__(self, keys: list[Key], old: list[str], others: Others = ([], 0)) -> None:
         self.keys, self.old = list(keys), [(*read_note(note), note) for note in old]
         (self.others, self.needed), self.cosigned = others, 0
         self.wrong: list[tuple[int, str]] = []
@@ -382,8 +387,6 @@ class Check:
         self.versions: dict[str, int] = {}
         self.ids: set[str] = set()
         self.conduct = Conduct()
-        if keys and not all(is_signed(note, keys) for note in old):
-            self.gaps.append("a note given is signed by none of the keys given")
 
     def _find(self, what: str, seq: int | None = None) -> None:
         self.wrong.append((self.size + 1 if seq is None else seq, what))
@@ -394,27 +397,30 @@ class Check:
             plain = json.loads(line)
             if "specversion" in plain:
                 return self._event(line, b64decode(plain["data_base64"], validate=True))
-            if json.dumps(plain, separators=(",", ":"), sort_keys=True) != line.rstrip("\n"):
-                raise ValueError("it is not written as an export writes it")
-            self._other(plain)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._other(plain, sorted_out(plain) == line.rstrip("\n"))
+        except UNREADABLE as error:
             self._find(f"a line cannot be read: {type(error).__name__}: {error}")
 
-    def _other(self, plain: Plain) -> None:
+    def _other(self, plain: Plain, known: bool) -> None:
+        if not known or shape(plain) not in shapes or plain.get("format", FORMAT) != FORMAT:
+            raise ValueError("it is not written as an export writes it")
         if "format" in plain:
-            if self.header is not None or self.size or plain["format"] != FORMAT:
-                self._find(f"a second beginning, or one that is not {FORMAT}")
+            b64decode(plain["root"], validate=True)
+            if self.header is not None or self.size:
+                self._find("a second beginning stands in the middle")
             self.header = plain
             for origin in {origin for origin, *_ in self.old} - {plain["origin"]}:
                 self._find(f"the log calls itself {plain['origin']}, the note given is of {origin}", 0)
         elif "intent" in plain:
             data = b64decode(plain["data_base64"], validate=True)
+            if b64encode(data).decode() != plain["data_base64"]:
+                raise ValueError("its base64 has another spelling")
             if hashlib.sha256(data).hexdigest() != plain["intent"]:
                 self._find(f"what stands for intent {plain['intent']} has another digest")
-            self.conduct.intents[plain["intent"]] = data
+            self.conduct.intents[plain["intent"]] = json.loads(data)
         elif "gone" in plain:
-            at = moment(plain["at"]).astimezone() if plain["at"] else None
-            self.conduct.gone.append((self.size + 1, str(plain["gone"]), plain["key"], at))
+            at = None if plain["at"] is None else max(moment(plain["at"]), EPOCH)
+            self.conduct.gone.append((self.size + 1, plain["gone"], plain["key"], at))
         else:
             self._note(plain["checkpoint"])
 
@@ -427,10 +433,9 @@ class Check:
         self.peaks.append(hashed)
         self.size = seq
         try:
-            event = json.loads(envelope)
+            event = json.loads(envelope.decode())
             tenant = self.header["tenant"] if self.header else event["log_id"]
-            wanted = expected(event, leaf, envelope, tenant)
-            if json.dumps(wanted, separators=(",", ":"), sort_keys=True) != line.rstrip("\n"):
+            if expected(event, leaf, envelope, tenant) != line.rstrip("\n"):
                 self._find("what stands beside the event does not fit its bytes", seq)
             for what in (*self._order(event, seq, tenant), *self.conduct.take(event)):
                 self._find(what, seq)
@@ -438,7 +443,7 @@ class Check:
                 self.keys += successors(event["body"], self.keys)
         except InvalidSignature:
             self._find("a key that is trusted did not sign who follows it", seq)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             self._find(f"the event cannot be read: {type(error).__name__}", seq)
         for _, size, root, note in self.old:
             if size == seq and self._matches(size, root, "the note given"):
@@ -490,11 +495,15 @@ class Check:
             self._find(f"the log ends at {self.size}, the note given covers {size}: it was cut")
         if header is None:
             self.gaps.append("the export has no beginning")
-        elif (header.get("size"), header.get("root")) != (self.size, root):
-            self._find(f"the log ends at {self.size} events, not as its beginning says", self.matched + 1)
+        elif header["size"] != self.size:
+            self._find(f"the log ends at {self.size} events, its beginning says {header['size']}")
+        elif header["root"] != root:
+            self._find("the root is not the one its beginning names", self.matched + 1)
         self.wrong += self.conduct.unordered()
         if not self.keys:
             self.gaps.append("no key was given, so nobody vouches for the log")
+        elif not all(is_signed(note, self.keys) for *_, note in self.old):
+            self.gaps.append("a note given is signed by none of the keys given, nor by one that follows them")
         elif self.size and not self.signed and not self.witnessed:
             self.gaps.append("no checkpoint has been signed yet")
         if self.others and self.size and not self.cosigned:
@@ -502,19 +511,22 @@ class Check:
         self.gaps += [f"the bytes of intent {d} are missing" for d in sorted(self.conduct.missing)]
 
 
-def expected(event: Plain, leaf: bytes, envelope: bytes, tenant: str) -> Plain:
-    """The line that an event's bytes belong in."""
-    return {ours: event[theirs] for ours, theirs in NAMES.items()} | {
-        "specversion": "1.0",
-        "source": f"countersign/{tenant}",
-        "type": f"countersign.{event['type']}",
-        "datacontenttype": "application/json",
-        "leafhash": leaf.hex(),
-        "data_base64": b64encode(envelope).decode(),
-    }
+def expected(event: Plain, leaf: bytes, envelope: bytes, tenant: str) -> str:
+    """The line that an event's bytes belong in, if they are those in which the ledger writes it."""
+    known = shape(event) in shapes and max(moment(event["recorded_at"]), EPOCH)
+    if not known or known.isoformat() != event["recorded_at"] or plainly(event).encode() != envelope:
+        raise ValueError("it is not written as the ledger writes events")
+    correlation, name, stream = map(quoted, (event["correlation_id"], event["event_id"], event["stream"]))
+    source, kind = quoted(f"countersign/{tenant}"), quoted(f"countersign.{event['type']}")
+    return (
+        f'{{"correlationid":{correlation},"data_base64":"{b64encode(envelope).decode()}",'
+        f'"datacontenttype":"application/json","id":{name},"leafhash":"{leaf.hex()}",'
+        f'"sequence":{event["seq"]},"source":{source},"specversion":"1.0","streamversion":{event["version"]},'
+        f'"subject":{stream},"time":"{event["recorded_at"]}","type":{kind}}}'
+    )
 
 
-def check_export(path: str, keys: list[Key], old: list[str], others: Others = NOBODY) -> tuple[int, Plain]:
+def check_export(path: str, keys: list[Key], old: list[str], others: Others = ([], 0)) -> tuple[int, Plain]:
     """Check a whole export."""
     check, began = Check(keys, old, others), time.perf_counter()
     with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
@@ -525,9 +537,7 @@ def check_export(path: str, keys: list[Key], old: list[str], others: Others = NO
     return 1 if check.wrong else 2 if check.gaps else 0, {
         "events": check.size,
         "root": root_of(check.peaks).hex(),
-        "signed": check.signed,
-        "witnessed": check.witnessed,
-        "cosigned": check.cosigned,
+        **{name: getattr(check, name) for name in ("signed", "witnessed", "cosigned")},
         "first_bad_event": check.wrong[0][0] if check.wrong else None,
         "findings": [f"event {seq}: {what}" for seq, what in check.wrong[:20]],
         "gaps": check.gaps[:20],
@@ -535,7 +545,7 @@ def check_export(path: str, keys: list[Key], old: list[str], others: Others = NO
     }
 
 
-def check_proof(path: str, keys: list[Key], others: Others = NOBODY) -> tuple[int, Plain]:
+def check_proof(path: str, keys: list[Key], others: Others = ([], 0)) -> tuple[int, Plain]:
     """Check that one event stands in a signed log."""
     proof = json.loads(Path(path).read_text("utf-8"))
     began, note, index = time.perf_counter(), proof["checkpoint_note"], proof["leaf_index"]
@@ -579,10 +589,9 @@ def main(argv: list[str]) -> int:
         else:
             notes = [Path(one).read_text("utf-8") for one in options.checkpoint]
             code, report = check_export(options.file, keys, notes, given)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *UNREADABLE) as error:
         code, report = 2, {"gaps": [f"{type(error).__name__}: {error}"]}
-    report = {"status": ("sound", "tampered", "incomplete")[code]} | report
-    print(json.dumps(report, indent=2, ensure_ascii=False))
+    print(json.dumps({"status": ("sound", "tampered", "incomplete")[code]} | report, indent=2))
     return code
 
 

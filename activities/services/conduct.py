@@ -17,6 +17,7 @@ from models.policy import GATE_POLICY
 
 UNDO = ".undo"
 ATTEMPTS = (EventType.APPLY, EventType.COMPENSATION)
+EFFECTS = (*ATTEMPTS, EventType.RECEIPT)
 
 
 @dataclass(slots=True)
@@ -52,12 +53,16 @@ class Conduct:
     def take(self, event: Event) -> Iterator[str]:
         """What is wrong with the next event, given those before it."""
         run = self._runs.setdefault(event.correlation_id, _Run())
-        if event.stream == event.correlation_id:
+        decides = event.type not in (EventType.APPLY, EventType.RECEIPT)
+        if event.type is EventType.POLICY_CHANGED:
+            yield from self._of_policy(run, event)
+        elif event.stream == event.correlation_id and decides:
             yield from self._of_run(run, event)
         elif event.stream == act_stream(event.correlation_id):
             yield from self._of_act(run, event)
-        elif event.type is EventType.POLICY_CHANGED:
-            yield from self._of_policy(run, event)
+        elif event.type in EFFECTS:
+            # Elsewhere nobody would look for it, and no gate would be asked.
+            yield "it is an effect, and does not stand in the stream of its run"
 
     def _of_run(self, run: _Run, event: Event) -> Iterator[str]:
         digest = event.body.get("digest")
@@ -83,7 +88,7 @@ class Conduct:
             run.closed.add(key)
         elif event.type is EventType.IN_DOUBT:
             run.doubtful.add(key)
-        elif event.type in ATTEMPTS or event.type is EventType.RECEIPT:
+        elif event.type in EFFECTS:
             yield from self._of_effect(run, event, key)
 
     def _of_effect(self, run: _Run, event: Event, key: str) -> Iterator[str]:
@@ -130,6 +135,8 @@ class Conduct:
         if intent is None:
             self.missing.add(digest)
             return None
+        if (intent.workflow_id, intent.tenant) != (event.correlation_id, event.log_id):
+            return "its intent was bound for another run"
         if all(plan.action != action for plan in intent.plans):
             return "it is not part of the intent"
         return may_act(run.entries, intent, digest, event.recorded_at)

@@ -128,7 +128,7 @@ def of_lines(lines: Iterable[str]) -> Iterator[Item]:
                 tenant = item.tenant
             if json.dumps(_plain(item, tenant), separators=(",", ":"), sort_keys=True) != line.rstrip("\n"):
                 raise ValueError("it is not written as an export writes it")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             yield Unreadable(number, f"{type(error).__name__}: {error}")
         else:
             yield item
@@ -210,17 +210,23 @@ def _item(plain: dict[str, Any]) -> Item:
         if plain["format"] != FORMAT:
             raise ValueError(f"the format is {plain['format']}, not {FORMAT}")
         root = b64decode(plain["root"], validate=True)
-        return Header(plain["origin"], plain["tenant"], int(plain["size"]), root)
+        return Header(_text(plain["origin"]), _text(plain["tenant"]), int(plain["size"]), root)
     if "intent" in plain:
-        return IntentBytes(plain["intent"], b64decode(plain["data_base64"], validate=True))
+        return IntentBytes(_text(plain["intent"]), b64decode(plain["data_base64"], validate=True))
     if "checkpoint" in plain:
-        return Note(plain["checkpoint"])
+        return Note(_text(plain["checkpoint"]))
     if "gone" in plain:
         if plain["at"] is not None and datetime.fromisoformat(plain["at"]).tzinfo is None:
             raise ValueError("a time says where it is meant")
-        return Gone(plain["gone"], plain["key"], plain["at"])
+        return Gone(_text(plain["gone"]), None if plain["key"] is None else _text(plain["key"]), plain["at"])
     envelope = b64decode(plain.pop("data_base64"), validate=True)
     return Leaf(int(plain["sequence"]), envelope, plain)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} stands where a text belongs")
+    return value
 
 
 def _hold_still(link: Connection) -> None:

@@ -9,13 +9,13 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from pydantic import ValidationError
 from sqlalchemy import Connection, func, select
 
 from activities.services import merkle
 from activities.services.checkpoints import CHECKPOINT
 from activities.services.conduct import Conduct
 from activities.services.cosignatures import WitnessKey, cosigners, forged
+from activities.services.envelopes import envelope
 from activities.services.erased import Erased
 from activities.services.key_life import successor
 from activities.services.ledger_export import (
@@ -39,6 +39,8 @@ from models.ledger import Event, EventType
 from models.loop import Frozen
 
 MANY = 100
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+"""What comes of bytes that somebody made up."""
 
 
 class Finding(Frozen):
@@ -105,12 +107,14 @@ class Verifier:
         self._ids = set[str]()
         self._conduct = Conduct()
         self._erased = Erased()
-        self._unsigned_old(old)
 
     def check(self, items: Iterable[Item], more: Iterable[Finding] = ()) -> Report:
         """Check all items, and take in what was found elsewhere."""
         for item in items:
-            self._take(item)
+            try:
+                self._take(item)
+            except UNREADABLE as error:
+                self._find(f"a line cannot be read: {type(error).__name__}")
         self._end()
         for digest in sorted(self._conduct.missing):
             self._gaps[f"the bytes of intent {digest} are missing, so its gate was not checked"] = None
@@ -127,12 +131,9 @@ class Verifier:
             gaps=tuple(self._gaps),
         )
 
-    def _unsigned_old(self, old: Sequence[str]) -> None:
-        for note in old:
-            if self._keys and not is_signed(note, self._keys):
-                raise InvalidInput.field(
-                    "checkpoint", note[:40], "none of the keys signed it; give the key that did"
-                )
+    def _is_signed(self, tree: Tree, note: str) -> bool:
+        """Whether a key that counts signed it; a key signs for the log that it is named after alone."""
+        return is_signed(note, [key for key in self._keys if key.name == tree.origin])
 
     def _take(self, item: Item) -> None:
         match item:
@@ -150,9 +151,10 @@ class Verifier:
                 self._find(f"line {item.line} cannot be read: {item.why}")
 
     def _find(self, what: str, seq: int | None = None, event_id: str | None = None) -> None:
-        self._findings.append(
-            Finding(seq=self._size + 1 if seq is None else seq, event_id=event_id, what=what)
-        )
+        seq = self._size + 1 if seq is None else seq
+        # Half a character, as a JSON escape can name it, could not be printed.
+        what = what.encode(errors="backslashreplace").decode()
+        self._findings.append(Finding(seq=seq, event_id=event_id, what=what))
 
     def _open(self, header: Header) -> None:
         if self._header is not None or self._size:
@@ -175,7 +177,10 @@ class Verifier:
         try:
             plain = json.loads(leaf.envelope)
             event = Event.model_validate(plain | {"leaf_hash": hashed.hex()})
-        except (ValueError, TypeError, ValidationError):
+            # Of two spellings of one event, or of two values of one name, others might read another one.
+            if envelope(event.log_id, event, event.seq, event.version, event.recorded_at) != leaf.envelope:
+                raise ValueError("it is not written as the ledger writes events")
+        except UNREADABLE:
             self._find("the event cannot be read", seq)
         else:
             for what in (*self._beside(leaf, event), *self._order(event), *self._judged(event)):
@@ -190,8 +195,10 @@ class Verifier:
     def _beside(self, leaf: Leaf, event: Event) -> Iterator[str]:
         tenant = self._header.tenant if self._header else event.log_id
         expected = attributes(event, tenant) if "specversion" in leaf.beside else columns(event)
-        if leaf.beside != expected:
-            names = [n for n in {**expected, **leaf.beside} if leaf.beside.get(n) != expected.get(n)]
+        # As they are written: to Python true and 1.0 are 1.
+        both = {**expected, **leaf.beside}
+        names = [n for n in both if repr(leaf.beside.get(n, ...)) != repr(expected.get(n, ...))]
+        if names:
             yield f"{', '.join(sorted(names))} beside the event does not fit its bytes"
 
     def _order(self, event: Event) -> Iterator[str]:
@@ -210,7 +217,7 @@ class Verifier:
     def _judged(self, event: Event) -> list[str]:
         try:
             return [*self._conduct.take(event), *self._erased.take(event), *self._handed_over(event)]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except UNREADABLE as error:
             return [f"it, or what it rests on, cannot be read: {type(error).__name__}"]
 
     def _handed_over(self, event: Event) -> Iterator[str]:
@@ -233,7 +240,7 @@ class Verifier:
             self._find(f"a checkpoint of {tree.origin} stands in the log of {self._header.origin}")
         elif tree.size != self._size:
             self._find(f"a checkpoint of {tree.size} events stands where there are {self._size}")
-        elif self._keys and not is_signed(text, self._keys):
+        elif self._keys and not self._is_signed(tree, text):
             self._find(f"the checkpoint of {tree.size} events is signed by none of the keys given")
         elif self._matches(tree, "the checkpoint") and self._keys:
             self._signed = tree.size
@@ -270,8 +277,16 @@ class Verifier:
             self._find("the root is not the one its beginning names", self._matched + 1)
         for seq, what in self._erased.end():
             self._find(what, seq)
+        self._lacks()
+
+    def _lacks(self) -> None:
+        """What is missing for anybody to vouch for it."""
         if not self._keys:
             self._gaps["no key was given, so nobody vouches for the log"] = None
+        elif not all(self._is_signed(tree, note) for tree, note in self._old):
+            self._gaps["a note given is signed by none of the keys given, nor by one that follows them"] = (
+                None
+            )
         elif self._size and not self._signed and not self._witnessed:
             self._gaps["no checkpoint has been signed yet; wait for one"] = None
         if self._witnesses and self._size and not self._cosigned:
