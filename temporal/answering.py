@@ -40,6 +40,9 @@ class Answering:
             Unavailable: no worker took it in time.
         """
         before = await self._runs.events(run)
+        if not before:
+            # Temporal may well have it: of another tenant, whose runs are not answered from here.
+            raise unknown(run)
         judged = await self._sent(run, kind, message, patience)
         if judged is not None and judged.counted:
             return judged
@@ -67,8 +70,6 @@ class Answering:
 
     async def _late(self, run: str, kind: Kind, message: dict[str, Any]) -> Judged:
         """An answer to a run that is over stands in the ledger too."""
-        if not await self._runs.events(run):
-            raise unknown(run)
         reading = await self._runs.read(run)
         ended = f" as {reading.outcome.status}" if reading.outcome else ""
         remedy = f"the run has ended{ended}; nothing is open"

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 from temporalio.client import Client
+from temporalio.service import RPCError
 
 from activities.services import pages
 from activities.services.ledger_store import LedgerStore
@@ -72,6 +73,8 @@ class Desk(SignedIn):
             return self._failed(request, 500, error.message)
         except CountersignError as error:
             return self._failed(request, 503, error.message)
+        except RPCError:
+            return self._failed(request, 503, "Temporal does not answer; look with `countersign doctor`")
 
     def _failed(self, request: web.Request, status: int, text: str) -> web.StreamResponse:
         if not _reads_pages(request):

@@ -7,11 +7,14 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import ANY
 
 import httpx
 import pytest
 from pydantic import SecretStr, ValidationError
+from temporalio.client import Client
+from temporalio.service import RPCError, RPCStatusCode
 
 from activities.services import pages
 from activities.services.notices import Notice, told
@@ -262,6 +265,42 @@ async def test_unknown_runs_and_unknown_answers_are_not_found(program: httpx.Asy
     ):
         assert got.status_code == 404
         assert got.json()["error"]
+
+
+async def test_the_runs_of_another_tenant_are_neither_shown_nor_answered(stack: Stack) -> None:
+    run, digest = await waiting(stack)
+    other = Session(stack.settings.model_copy(update={"tenant": "acme"}), stack.database)
+    made = Desk(stack.client, other.runs, stack.ledger, "acme", DeskSettings(port=0, token=SecretStr(TOKEN)))
+    await made.start()
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{made.port}", headers=headers) as client:
+        message = {"digest": digest, "approver": ANN}
+        for got in (await client.get(path(run)), await client.post(path(run, "approve"), json=message)):
+            assert got.status_code == 404
+        assert run.workflow_id not in (await client.get("/")).text
+    await made.close()
+    assert "verdict" not in await stack.types(run)
+    assert (await stack.approve(run)).counted
+
+
+class Silent:
+    """A Temporal that does not answer."""
+
+    async def list_workflows(self, query: str) -> AsyncIterator[Any]:
+        raise RPCError("no connection", RPCStatusCode.UNAVAILABLE, b"")
+        yield
+
+
+async def test_without_temporal_the_desk_says_so(stack: Stack) -> None:
+    runs = Session(stack.settings, stack.database).runs
+    settings = DeskSettings(port=0, token=SecretStr(TOKEN))
+    made = Desk(cast(Client, Silent()), runs, stack.ledger, "default", settings)
+    await made.start()
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{made.port}", headers=headers) as client:
+        got = await client.get("/")
+        assert (got.status_code, got.json()) == (503, {"error": ANY})
+    await made.close()
 
 
 async def test_where_answers_must_be_signed_the_page_says_how_and_has_no_form(
