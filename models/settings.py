@@ -19,6 +19,7 @@ from models.loop import Assurance, Frozen, Name
 from models.orders import Pace
 from models.people import SECURITY_KEYS, Person, PersonId
 from models.policy import POLICY_AGENT, Policy
+from models.telemetry import TelemetrySettings
 
 
 def _refused(remedy: str) -> PydanticCustomError:
@@ -333,7 +334,7 @@ class Settings(Frozen):
     prewarm: tuple[PrewarmSettings, ...] = ()
     """Subjects whose beliefs and records are ready before anybody asks."""
     roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
-    otlp_endpoint: str | None = None
+    telemetry: TelemetrySettings = TelemetrySettings()
 
     @field_validator("tiers")
     @classmethod

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
 from temporalio.common import (
@@ -29,6 +29,10 @@ from models.settings import TemporalSettings
 from models.visibility import MEMO_BODY, Attribute, Queue, State, queue_of
 from temporal.plugin import CountersignPlugin
 
+if TYPE_CHECKING:
+    # It brings exporters, which most processes have no use for.
+    from temporal.telemetry import Telemetry
+
 T = TypeVar("T")
 AGAIN = 0.05
 """Seconds after which an update is sent again that was lost with its task."""
@@ -42,14 +46,17 @@ class Started:
     handle: WorkflowHandle[Any, Outcome]
 
 
-async def connect(settings: TemporalSettings, codec: PayloadCodec | None = None) -> Client:
+async def connect(
+    settings: TemporalSettings, codec: PayloadCodec | None = None, telemetry: Telemetry | None = None
+) -> Client:
     """Connect with everything a client of ours needs; its workers seal by the same codec."""
     return await Client.connect(
         settings.address,
         namespace=settings.namespace,
         api_key=settings.api_key.get_secret_value() if settings.api_key else None,
         tls=settings.tls,
-        plugins=[CountersignPlugin(codec)],
+        runtime=telemetry and telemetry.runtime,
+        plugins=[CountersignPlugin(codec, [telemetry.observing] if telemetry else ())],
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from temporalio.converter import PayloadCodec
 from temporalio.plugin import SimplePlugin
+from temporalio.worker import Interceptor
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
 from temporal.converter import data_converter
@@ -40,12 +43,16 @@ PASSED_THROUGH = (
 class CountersignPlugin(SimplePlugin):
     """Give this to `Client.connect`, and to `Replayer`; workers take it from their client."""
 
-    def __init__(self, codec: PayloadCodec | None = None) -> None:
-        """Hold no state; `codec` seals payloads, see `temporal.converter.codec_of`."""
+    def __init__(self, codec: PayloadCodec | None = None, interceptors: Sequence[Interceptor] = ()) -> None:
+        """Hold no state; `codec` seals payloads, see `temporal.converter.codec_of`.
+
+        `interceptors` are for workers, see `temporal.observing`.
+        """
         super().__init__(
             "countersign",
             data_converter=data_converter(codec),
             workflow_runner=sandbox(),
+            interceptors=interceptors,
         )
 
 

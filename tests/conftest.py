@@ -11,10 +11,10 @@ import sys
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from temporalio.client import Client
@@ -37,6 +37,9 @@ from temporal.client import Started, answer, connect, submit
 from temporal.converter import codec_of
 from workers.compose import Parts, role, utc_now
 from workers.logs import FORMAT, Discreet
+
+if TYPE_CHECKING:
+    from temporal.telemetry import Telemetry
 
 
 def free_port() -> int:
@@ -157,13 +160,18 @@ ROLES = (Role.DECIDE, Role.INFER, Role.REMEMBER, Role.ACT)
 
 @asynccontextmanager
 async def stack_of(
-    settings: Settings, parts: Parts | None = None, roles: tuple[Role, ...] = ROLES
+    settings: Settings,
+    parts: Parts | None = None,
+    roles: tuple[Role, ...] = ROLES,
+    telemetry: Telemetry | None = None,
 ) -> AsyncGenerator[Stack]:
     """All roles in this process, on one database."""
     migrate(settings.database_url)
     if settings.region_url is not None:
         migrate(settings.region_url)
-    client = await connect(settings.temporal, codec_of(settings.sealing, settings.data))
+    client = await connect(settings.temporal, codec_of(settings.sealing, settings.data), telemetry)
+    if telemetry is not None:
+        parts = replace(parts or Parts(), meter=telemetry.meter, tracer=telemetry.tracer)
     async with AsyncExitStack() as stack:
         database = stack.enter_context(stores(settings))
         for name in roles:

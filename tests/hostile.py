@@ -38,6 +38,7 @@ from models.settings import (
 from models.visibility import Role
 from scripts.cli import app
 from temporal.beliefs import settle, tell
+from temporal.telemetry import Telemetry
 from tests.conftest import ROLES, Stack, a_key, settings_for, stack_of
 from tests.marked import EMAIL, IBAN, NAME, PHONE, said
 from tests.test_agents_content import BRIEF
@@ -355,7 +356,9 @@ class Hostile:
 
 
 @asynccontextmanager
-async def hostile(temporal: TemporalSettings, folder: Path, sealed: bool) -> AsyncGenerator[Hostile]:
+async def hostile(
+    temporal: TemporalSettings, folder: Path, sealed: bool, telemetry: Telemetry | None = None
+) -> AsyncGenerator[Hostile]:
     settings = marked_settings(temporal, folder, sealed)
-    async with stack_of(settings, PARTS, (*ROLES, Role.DESK)) as stack:
+    async with stack_of(settings, PARTS, (*ROLES, Role.DESK), telemetry) as stack:
         yield Hostile(stack, folder)

@@ -20,11 +20,14 @@ from activities.services.vault import load_keys
 from models.beliefs import Change, Mail
 from models.errors import InvalidInput, UnknownName
 from models.settings import EncryptionSettings, ScheduleSettings, TemporalSettings
+from models.telemetry import TelemetrySettings
 from temporal.beliefs import settle, tell
 from temporal.client import connect
 from temporal.converter import VEILED, codec_of, unveiled
 from temporal.schedules import Change as Changed
 from temporal.schedules import Schedules, Standing
+from temporal.telemetry import sending
+from tests.collector import collecting
 from tests.conftest import a_key, serving
 from tests.hostile import hostile
 from tests.marked import ALL, EMAIL, NAME, columns, found, said
@@ -47,18 +50,26 @@ def files(folder: Path) -> dict[str, bytes]:
     return kept
 
 
-async def test_with_encryption_on_personal_data_stands_nowhere_in_temporal_and_in_no_log(
+async def test_with_encryption_on_personal_data_stands_nowhere_in_temporal_and_in_no_log_trace_or_metric(
     own_temporal: TemporalSettings, tmp_path: Path, log: io.StringIO, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async with hostile(own_temporal, tmp_path, sealed=True) as made:
-        await made.everything()
-        histories = await made.histories()
-        # Row by row too: a long value is cut into pages that need not follow each other in the file.
-        rows = columns(tmp_path / "temporal" / "temporal.db")
+    with collecting() as collector:
+        where = TelemetrySettings(otlp_endpoint=collector.url)
+        async with (
+            sending(where, "all") as telemetry,
+            hostile(own_temporal, tmp_path, sealed=True, telemetry=telemetry) as made,
+        ):
+            await made.everything()
+            histories = await made.histories()
+            # Row by row too: a long value is cut into pages that need not follow each other in the file.
+            rows = columns(tmp_path / "temporal" / "temporal.db")
     printed = "".join(capfd.readouterr())
     kept = {"histories": histories, "workers": log.getvalue().encode(), "printed": printed.encode()}
+    kept["telemetry"] = collector.raw
     hits = {name: marks for name, data in (kept | files(tmp_path)).items() if (marks := found(data))}
     assert (rows, hits) == ({}, {})
+    told = {span.name for span in collector.spans()} | collector.metrics().keys()
+    assert told >= {"RunWorkflow:Unknown", "RunActivity:undo", "chat large", "countersign.effects"}
     assert b"ConnectorRejected" in kept["workers"] and b"WORKFLOW_EXECUTION_UPDATE_ACCEPTED" in histories
 
 

@@ -9,6 +9,8 @@ import importlib
 import os
 import signal
 import sys
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from models.errors import CountersignError, InvalidInput, KeyMissing
@@ -27,8 +29,17 @@ async def run(settings: Settings, name: Role, parts: Parts | None = None) -> Non
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    client = await connect(settings.temporal, codec_of(settings.sealing, settings.data))
-    async with role(client, settings, name, parts):
+    async with AsyncExitStack() as stack:
+        parts, telemetry = parts or Parts(), None
+        if settings.telemetry.otlp_endpoint is not None:
+            # Loaded only where it is used: what delivers it takes half a second and ten megabytes.
+            from temporal.telemetry import sending
+
+            telemetry = await stack.enter_async_context(sending(settings.telemetry, name))
+            parts = replace(parts, meter=telemetry.meter, tracer=telemetry.tracer)
+        codec = codec_of(settings.sealing, settings.data)
+        client = await connect(settings.temporal, codec, telemetry)
+        await stack.enter_async_context(role(client, settings, name, parts))
         # What a worker is made of stays for good; nothing is won by looking through it again and again.
         gc.collect()
         gc.freeze()

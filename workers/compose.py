@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from opentelemetry.metrics import get_meter
+from opentelemetry.metrics import Meter, NoOpMeter
+from opentelemetry.trace import NoOpTracer, Tracer
 from temporalio.client import Client
 from temporalio.worker import Worker
 
@@ -58,6 +59,7 @@ from activities.services.ledger_store import LedgerStore
 from activities.services.listening import Listening
 from activities.services.loads import Loads
 from activities.services.memory_store import MemoryStore, Vectors
+from activities.services.model_calls import ModelCalls
 from activities.services.notices import Noticing, channels
 from activities.services.probe import Probes, keep_probed
 from activities.services.regions import home_behind
@@ -125,6 +127,9 @@ class Parts:
     """Opens the database by its URL."""
     connectors: Callable[[dict[str, Connector]], dict[str, Connector]] = dict[str, Connector]
     """Gets the connectors that settings name; returns those to use."""
+    meter: Meter = field(default_factory=lambda: NoOpMeter("nobody"))
+    tracer: Tracer = field(default_factory=NoOpTracer)
+    """Where is told what goes on."""
 
 
 @asynccontextmanager
@@ -213,7 +218,7 @@ class _Composer:
     async def _knowing(self) -> Knowing:
         """What agents know of subjects, had ready for what settings name."""
         settings = self._settings
-        short = ShortTerm(KEPT_SHORTLY, SHORT_TERM, utc_now, metered(get_meter("countersign")))
+        short = ShortTerm(KEPT_SHORTLY, SHORT_TERM, utc_now, metered(self._parts.meter))
         looks = (look for one in settings.prewarm for look in one.looks(settings.tenant))
         knowing = Knowing(self._memories(), short, utc_now, looks)
         await self._background(keep_known, knowing)
@@ -266,6 +271,7 @@ class _Composer:
             similar=await self._similar(tasks, cache),
             wanted=settings.tasks,
             clock=utc_now,
+            calls=ModelCalls(self._parts.meter, self._parts.tracer),
         )
         sweeping = Leases(self._database, f"infer-{uuid.uuid4()}", utc_now)
         await self._background(keep_tidy, self._database, utc_now, sweeping)

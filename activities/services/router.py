@@ -19,6 +19,7 @@ from typing import Protocol
 from activities.services.admission import Admission
 from activities.services.breaker import Breaker, Breakers, Pass, Sign, sign_of_error
 from activities.services.cache import Cache, Key, Scope, key_of
+from activities.services.model_calls import ModelCalls
 from activities.services.questions import (
     Examined,
     Question,
@@ -104,6 +105,7 @@ class Answerer:
         wanted: Mapping[str, TaskSettings] | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         ticks: Callable[[], float] = time.monotonic,
+        calls: ModelCalls | None = None,
     ) -> None:
         """Take settings and endpoints by tier name, tasks by name, and the content store.
 
@@ -118,6 +120,7 @@ class Answerer:
         self._similar = similar
         self._breakers = breakers or Breakers(ticks, random.random)
         self._wanted = wanted or {}
+        self._calls = calls or ModelCalls()
         self._making = set[str | None]()
         """Reservations that a call is being made with."""
         self._clock = clock
@@ -373,7 +376,9 @@ class Answerer:
         try:
             # A server's prefix cache must not tell one tenant what another one asks.
             own = prompt.model_copy(update={"cache_group": tried.tenant})
-            completion = await veiled(tried.question, tried.tier, own, self._endpoints[tier].complete)
+            with self._calls.made(tried.tier, tried.question.task.name) as answered:
+                completion = await veiled(tried.question, tried.tier, own, self._endpoints[tier].complete)
+                answered(completion)
         except BaseException as error:
             sign = sign_of_error(error)
             breaker.saw(sign)
