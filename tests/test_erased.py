@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Connection, delete, update
+from sqlalchemy import Connection, delete, text, update
 
 from activities.services.checkpoints import Checkpoints, load_key
 from activities.services.content import BLOB, guard, put_blob
@@ -25,6 +25,7 @@ from activities.services.migrations import migrate
 from activities.services.regions import Home, bind
 from activities.services.vault import KEY, Keys
 from activities.services.verifier import Report, Verifier, check_database
+from models.errors import KeyMissing
 from models.ledger import Draft, EventType
 from models.loop import Ref
 from models.memory import Cause, Kept, Memo
@@ -170,6 +171,35 @@ async def test_what_is_gone_without_an_order_is_found(
         await place.database.write(lambda link, work=work: work(link, place))
     codes, said = await judged(place)
     assert codes == {1} and what in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE blob SET data = x'' WHERE digest = :digest",
+        "UPDATE blob SET data = x'00112233445566778899aabbccddeeff001122334455667788' WHERE digest = :digest",
+        "UPDATE blob SET sealed_by = 'nobody' WHERE digest = :digest",
+        "UPDATE blob SET sealed_by = NULL, data = x'00' WHERE digest = :digest",
+        "DELETE FROM subject_key WHERE subject_key_id = (SELECT sealed_by FROM blob WHERE digest = :digest)",
+        "UPDATE subject_key SET wrapped = x'' "
+        "WHERE subject_key_id = (SELECT sealed_by FROM blob WHERE digest = :digest)",
+    ],
+    ids=["emptied", "changed", "under no key", "in clear", "key gone", "key emptied"],
+)
+async def test_a_payload_that_nobody_can_read_any_more_is_found_as_gone(place: Place, change: str) -> None:
+    def work(link: Connection) -> None:
+        link.execute(text(change), {"digest": place.digest})
+
+    await place.database.write(work)
+    if "nobody" in change and not place.sealed:
+        with pytest.raises(KeyMissing, match="encryption.enabled"):
+            await judged(place)
+        return
+    codes, said = await judged(place)
+    if "subject_key" in change and not place.sealed:
+        assert codes == {0}
+    else:
+        assert codes == {1} and f"{place.digest} is gone, and nobody" in said
 
 
 async def test_an_order_and_its_receipt_in_their_order_are_sound(place: Place) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sqlalchemy import select
 from typer.testing import CliRunner
 
 from activities.services.beliefs import Beliefs
-from activities.services.content import ContentStore, guard
+from activities.services.content import BLOB, ContentStore, guard
 from activities.services.database import Database
 from activities.services.erasure import Erasure
 from activities.services.keeping import take
@@ -175,6 +176,19 @@ async def test_an_index_that_is_away_stops_the_erasure_and_trying_again_finishes
     place.index.stubborn = False
     receipt = await place.erasure.forget("default", ANN, by="dpo")
     assert (receipt.removed["records"], receipt.left["index"]) == (2, 0)
+
+
+async def test_an_erasure_that_was_stopped_after_all_was_gone_is_ended_by_trying_again(place):
+    await place.content.put("default", b"Cleo lives in Lima", subject="cleo")
+    erasure = Erasure(place.database, lambda: NOW, patience=1)
+    with place.database.engine.connect() as reader:
+        reader.execute(select(BLOB.c.digest)).all()
+        with pytest.raises(MemoryUnavailable, match="write_ahead_log"):
+            await erasure.forget("default", "cleo", by="dpo")
+    receipt = await erasure.forget("default", "cleo", by="dpo")
+    assert receipt.left["write_ahead_log"] == 0
+    with pytest.raises(UnknownName):
+        await erasure.forget("default", "cleo", by="dpo")
 
 
 async def test_a_text_that_another_subject_has_too_stays_for_that_one(place):

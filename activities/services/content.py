@@ -213,6 +213,14 @@ def _peeked(connection: Connection, tenant: str, digest: str) -> bytes | None:
         return bytes(row.data)
 
 
+def unconfigured(key_id: str) -> KeyMissing:
+    """What to say of sealed content where encryption is off."""
+    return KeyMissing(
+        f"content is sealed by key {key_id[:12]!r}; set encryption.enabled and its keys in "
+        "countersign.toml, as they were when it was stored"
+    )
+
+
 def _row(connection: Connection, tenant: str, digest: str) -> _Stored | None:
     rows = _STORED.rows(connection, {"of": tenant, "named": digest})
     return _Stored(bytes(rows[0][0]), rows[0][1]) if rows else None
@@ -222,8 +230,5 @@ def _opened(connection: Connection, tenant: str, row: _Stored) -> bytes:
     if row.sealed_by is None:
         return bytes(row.data)
     if (vault := vault_of(connection)) is None:
-        raise KeyMissing(
-            f"content is sealed by key {row.sealed_by[:12]!r}; set encryption.enabled and its keys in "
-            "countersign.toml, as they were when it was stored"
-        )
+        raise unconfigured(row.sealed_by)
     return vault.open(connection, tenant, Sealed(row.sealed_by, bytes(row.data)))

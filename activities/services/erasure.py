@@ -122,7 +122,8 @@ class Erasure:
         if not subject:
             raise UnknownName("subject: give the subject that is to be forgotten")
         found = {one: await one.write(lambda link: _find(link, tenant, subject)) for one in self._places()}
-        if not any(one.ids or one.beliefs or one.digests for one in found.values()):
+        left_open = await self._database.read(lambda link: _left_open(link, tenant, subject))
+        if not left_open and not any(one.ids or one.beliefs or one.digests for one in found.values()):
             raise UnknownName(
                 f"subject: nothing is known about {subject!r}; `countersign memory stats` counts"
             )
@@ -258,6 +259,12 @@ class Erasure:
             # The pool would give it out again with our patience.
             raw.invalidate()
             raw.close()
+
+
+def _left_open(connection: Connection, tenant: str, subject: str) -> bool:
+    """Whether an order stands without its receipt: all that went may be gone already, but for the proof."""
+    entries = entries_in(connection, tenant, f"erasure/{subject_id(tenant, subject)}")
+    return bool(entries) and entries[-1].type is EventType.ERASURE_ORDER
 
 
 def _find(connection: Connection, tenant: str, subject: str) -> _Found:

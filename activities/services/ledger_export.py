@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -17,19 +17,21 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, select
 
 from activities.services.checkpoints import CHECKPOINT, tree_of
-from activities.services.content import BLOB, peek_blob
+from activities.services.content import BLOB, peek_blob, unconfigured, vault_of
 from activities.services.cosignatures import with_lines
 from activities.services.cosigning import cosignatures
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import EVENT
 from activities.services.regions import NAMES
-from activities.services.vault import KEY
+from activities.services.vault import KEY, Sealed
+from models.canonical import sha256
 from models.errors import InvalidInput, LedgerBroken
 from models.ledger import Event, EventType
 
 FORMAT = "countersign-ledger/1"
 CHUNK = 4096
-PART = 500
+PART = 50
+"""Payloads that are read at once; each may have megabytes."""
 REF = {"digest", "size", "media_type"}
 """The fields of a reference to content."""
 BOUND = ("digest", "card", "short_card")
@@ -277,18 +279,41 @@ def _with_gone(link: Connection, tenant: str) -> Iterator[tuple[Leaf, Sequence[G
 
 
 def _gone(link: Connection, tenant: str, names: Sequence[str]) -> dict[str, Gone]:
-    """Those of the payloads that are not there, or sealed by a key that was destroyed."""
+    """Those of the payloads that are not there as they were stored, or sealed by a key that was destroyed."""
     there = dict[str, str | None]()
+    vault = vault_of(link)
+    reader = None if vault is None else vault.reader(link, tenant)
     destroyed = (KEY.c.tenant == BLOB.c.tenant) & (KEY.c.subject_key_id == BLOB.c.sealed_by)
-    query = select(BLOB.c.digest, BLOB.c.sealed_by, KEY.c.destroyed_at).outerjoin_from(BLOB, KEY, destroyed)
+    query = select(BLOB.c.digest, BLOB.c.data, BLOB.c.sealed_by, KEY.c.destroyed_at)
+    query = query.outerjoin_from(BLOB, KEY, destroyed)
     for start in range(0, len(names), PART):
         part = names[start : start + PART]
-        rows = link.execute(query.where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part)))
-        there |= {row.digest: row.sealed_by if row.destroyed_at is not None else None for row in rows}
+        for row in link.execute(query.where(BLOB.c.tenant == tenant, BLOB.c.digest.in_(part))):
+            if row.destroyed_at is not None:
+                there[row.digest] = row.sealed_by
+            elif _is_whole(row, reader):
+                there[row.digest] = None
         # What only a region holds is for that region to judge.
         elsewhere = select(NAMES.c.digest).where(NAMES.c.tenant == tenant, NAMES.c.digest.in_(part))
         there |= dict.fromkeys(link.execute(elsewhere).scalars())
     return {name: Gone(name, there.get(name)) for name in names if there.get(name, "absent") is not None}
+
+
+def _is_whole(row: Any, reader: Callable[[Sealed], bytes] | None) -> bool:
+    """Whether a payload is what its name says, and opens.
+
+    Raises:
+        KeyMissing: it is sealed, and the key is not here, so that nobody can tell.
+    """
+    data = bytes(row.data)
+    if row.sealed_by is None:
+        return sha256(data) == row.digest
+    if reader is None:
+        raise unconfigured(row.sealed_by)
+    try:
+        return row.digest in (sha256(reader(Sealed(row.sealed_by, data))), sha256(data))
+    except LedgerBroken:
+        return False
 
 
 def _chunks(link: Connection, tenant: str) -> Iterator[list[Leaf]]:
