@@ -73,11 +73,15 @@ def path_of(run: str) -> str:
     return f"/runs/{quote(run, safe='')}"
 
 
-def mistake(channels: tuple[ChannelSettings, ...], policy: Policy) -> str | None:
-    """What is wrong between the channels and the policy that speaks of them; `None` if nothing is."""
+def mistake(
+    channels: tuple[ChannelSettings, ...], policy: Policy, alarmed: tuple[str, ...] = ()
+) -> str | None:
+    """What is wrong between the channels and those who name them, alarms of the ledger among them, if anything."""
     names = [channel.name for channel in channels]
     if INBOX in names or len(set(names)) < len(names):
         return f"names must differ, and {INBOX} is always there; rename one"
+    if lost := [name for name in alarmed if name not in names]:
+        return f"ledger.notify names {lost[0]}, which is no channel; add it under [[channels]]"
     for agent, one in policy.agents.items():
         unknown = [name for name in named_in(one.gate) if name not in names]
         if unknown:

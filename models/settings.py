@@ -203,6 +203,8 @@ class LedgerSettings(Frozen):
     """Who is asked to cosign every checkpoint."""
     cosigners_needed: int | None = Field(default=None, ge=0, validate_default=True)
     """How many of them must have before an irreversible effect; `None` is all."""
+    notify: tuple[Name, ...] = ()
+    """Channels on which people hear at once that the log is broken or forked."""
 
     @field_validator("cosigners_needed")
     @classmethod
@@ -322,10 +324,10 @@ class Settings(Frozen):
     policy: Policy = Policy()
     people: tuple[Person, ...] = Field(default=(), validate_default=True)
     """Who may answer; with nobody named, any name counts as claimed."""
+    ledger: LedgerSettings = LedgerSettings()
     channels: tuple[ChannelSettings, ...] = Field(default=(), validate_default=True)
     """On which people hear that something waits, besides the inbox."""
     desk: DeskSettings = DeskSettings()
-    ledger: LedgerSettings = LedgerSettings()
     encryption: EncryptionSettings = EncryptionSettings()
     regions: dict[Name, RegionSettings] = Field(default_factory=dict)
     region: Name | None = None
@@ -386,8 +388,10 @@ class Settings(Frozen):
     def _channels_fit_the_policy(
         cls, channels: tuple[ChannelSettings, ...], info: ValidationInfo
     ) -> tuple[ChannelSettings, ...]:
-        if "policy" in info.data and (wrong := mistake(channels, info.data["policy"])) is not None:
-            raise _refused(wrong)
+        if "policy" in info.data and "ledger" in info.data:
+            wrong = mistake(channels, info.data["policy"], info.data["ledger"].notify)
+            if wrong is not None:
+                raise _refused(wrong)
         return channels
 
     @field_validator("budgets")

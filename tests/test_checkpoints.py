@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select, text
 
 from activities.connectors.null import Null
 from activities.services.actor import Actor
+from activities.services.alarms import Alarms
 from activities.services.checkpoints import CHECKPOINT, Checkpoints, keep_signing, load_key
 from activities.services.database import Database
 from activities.services.migrations import migrate
@@ -190,7 +191,7 @@ async def test_signing_goes_on_while_a_witness_is_away(database: Database) -> No
 
 async def test_the_last_events_are_signed_when_a_process_ends(database: Database) -> None:
     stop = asyncio.Event()
-    task = asyncio.create_task(keep_signing(signer(database), 3600, stop))
+    task = asyncio.create_task(keep_signing(signer(database), 3600, Alarms({}, clock), stop))
     await fill(database, 1)
     stop.set()
     await task

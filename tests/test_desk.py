@@ -17,7 +17,7 @@ from temporalio.client import Client
 from temporalio.service import RPCError, RPCStatusCode
 
 from activities.services import pages
-from activities.services.notices import Notice, told
+from activities.services.notices import Notice
 from models.canonical import sha256
 from models.channels import DeskSettings
 from models.errors import InvalidInput
@@ -345,7 +345,7 @@ def test_notices_name_the_page_where_there_is_a_desk() -> None:
     )
     address = "https://desk.example.com/runs/external-1%2F%C3%A4"
     assert f"Its page: {address}\n" in notice.text()
-    assert json.loads(told(notice))["page"] == address
+    assert json.loads(notice.body())["page"] == address
     bare = Notice(order, "t", "card", "1" * 64, datetime(2026, 1, 1, tzinfo=UTC))
     assert "page" not in bare.text()
-    assert json.loads(told(bare))["page"] == ""
+    assert json.loads(bare.body())["page"] == ""

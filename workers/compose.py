@@ -40,6 +40,7 @@ from activities.notices import Notices, Reminders
 from activities.routing import Routing
 from activities.services.acceptance import accepted_by_use
 from activities.services.actor import Actor
+from activities.services.alarms import Alarms
 from activities.services.amendments import InForce
 from activities.services.beliefs import Beliefs
 from activities.services.breaker import Breakers
@@ -60,7 +61,7 @@ from activities.services.listening import Listening
 from activities.services.loads import Loads
 from activities.services.memory_store import MemoryStore, Vectors
 from activities.services.model_calls import ModelCalls
-from activities.services.notices import Noticing, channels
+from activities.services.notices import Channel, Noticing, channels
 from activities.services.probe import Probes, keep_probed
 from activities.services.regions import home_behind
 from activities.services.requests import Requests
@@ -361,10 +362,12 @@ class _Composer:
         )
 
     async def _noticing(self) -> Noticing:
+        return Noticing(self._database, await self._channels(), utc_now, self._settings.desk.found_at)
+
+    async def _channels(self) -> dict[str, Channel]:
         settings = self._settings
         client = await self._stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=20))
-        known = channels(settings.channels, settings.data / "notices", client)
-        return Noticing(self._database, known, utc_now, settings.desk.found_at)
+        return channels(settings.channels, settings.data / "notices", client)
 
     async def _connectors(self) -> dict[str, Connector]:
         settings = self._settings
@@ -381,7 +384,9 @@ class _Composer:
     async def _desk(self) -> None:
         if self._settings.region is None:
             every = self._settings.ledger.checkpoint_seconds
-            await self._background(keep_signing, self._checkpoints(), every)
+            told = self._settings.ledger.notify
+            known = {name: one for name, one in (await self._channels()).items() if name in told}
+            await self._background(keep_signing, self._checkpoints(), every, Alarms(known, utc_now))
         for site in self._settings.sites:
             if site.serve:
                 await self._serve(

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, union
 from sqlalchemy.exc import DBAPIError
 
 from activities.services import merkle
+from activities.services.alarms import Alarm, Alarms
 from activities.services.cosignatures import with_lines
-from activities.services.cosigning import Alert, Cosigning, RemoteCosigner, cosignatures
+from activities.services.cosigning import GRAVE, Alert, Cosigning, RemoteCosigner, cosignatures
 from activities.services.database import Database, insert_for
 from activities.services.key_files import private_key
 from activities.services.ledger_store import EVENT, HEAD, NODE
@@ -35,6 +36,8 @@ from models.tables import Checkpoint, table
 CHECKPOINT = table(Checkpoint)
 KEY_FILE = Path("keys") / "ledger.pem"
 NEXT_FILE = Path("keys") / "ledger-next.pem"
+BROKEN = "log_broken"
+"""The word for a log that does not continue what was signed, or does not hold together."""
 log = logging.getLogger(__name__)
 
 
@@ -74,6 +77,7 @@ class Checkpoints:
         self._witnesses = tuple(witnesses)
         self._cosigning = Cosigning(database, cosigners)
         self._needed = len(cosigners) if needed is None else needed
+        self._seen = set[str]()
 
     def key(self, tenant: str) -> NoteKey:
         """What verifies this log's notes."""
@@ -81,9 +85,10 @@ class Checkpoints:
         return NoteKey(f"{self._origin}/{tenant}", public)
 
     async def tenants(self) -> tuple[str, ...]:
-        """Whose logs there are."""
-        query = select(HEAD.c.log_id).order_by(HEAD.c.log_id)
-        return await self._database.read(lambda link: tuple(link.execute(query).scalars()))
+        """Whose logs there are, or were: one that is gone is not forgotten with its head."""
+        query = union(select(HEAD.c.log_id), select(CHECKPOINT.c.log_id))
+        self._seen |= await self._database.read(lambda link: set(link.execute(query).scalars()))
+        return tuple(sorted(self._seen))
 
     async def write(self, tenant: str) -> Written | None:
         """Sign the log as it stands and hand the note to every witness; `None` for an empty log.
@@ -185,25 +190,42 @@ class Checkpoints:
         return kept
 
 
-async def keep_signing(checkpoints: Checkpoints, seconds: float, stop: asyncio.Event) -> None:
-    """Write a checkpoint of every log each `seconds`, until stopped, and once more then."""
+async def keep_signing(checkpoints: Checkpoints, seconds: float, alarms: Alarms, stop: asyncio.Event) -> None:
+    """Write a checkpoint of every log each `seconds`, until stopped, and once more then.
+
+    What speaks against a log is told on the channels of `alarms`, and keeps no other log from being signed.
+    """
     log.info("ledger: a checkpoint every %s seconds; later events are not yet witnessed", seconds)
     while True:
-        await _all(checkpoints)
+        await alarms.tell(await sign_all(checkpoints))
         if stop.is_set():
             return
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), seconds)
 
 
-async def _all(checkpoints: Checkpoints) -> None:
+async def sign_all(checkpoints: Checkpoints) -> list[Alarm]:
+    """Sign every log there is; what speaks against any of them."""
+    found = list[Alarm]()
     try:
         for tenant in await checkpoints.tenants():
-            await checkpoints.write(tenant)
-    except LedgerBroken as error:
-        log.error("%s", error.message)
+            found += await _signed(checkpoints, tenant)
     except DBAPIError as error:
         log.warning("no checkpoint: %s", error)
+    return found
+
+
+async def _signed(checkpoints: Checkpoints, tenant: str) -> list[Alarm]:
+    try:
+        written = await checkpoints.write(tenant)
+    except LedgerBroken as error:
+        log.error("%s", error.message)
+        return [Alarm(tenant, BROKEN, "", error.message)]
+    except (CountersignError, OSError) as error:
+        log.warning("no checkpoint of %s: %s", tenant, error)
+        return []
+    grave = [one for one in written.alerts if one.kind in GRAVE] if written is not None else []
+    return [Alarm(tenant, one.kind, one.witness, one.text) for one in grave]
 
 
 def load_key(data: Path) -> Ed25519PrivateKey:

@@ -86,11 +86,51 @@ class Notice:
             f"To answer:\n\n    {self.command}\n\nor reject, revise, delegate instead of approve.\n{page}"
         )
 
+    def body(self) -> bytes:
+        """What it is about, by digest, and where to read and answer it."""
+        order = self.order
+        return json.dumps(
+            {
+                "id": self.id,
+                "tenant": order.tenant,
+                "workflow_id": order.workflow_id,
+                "digest": order.digest,
+                "card": self.card_digest,
+                "round": order.round,
+                "open_until": self.expires_at.isoformat(),
+                "command": self.command,
+                "page": self.page,
+            },
+            sort_keys=True,
+        ).encode()
+
+
+class Message(Protocol):
+    """Anything that channels can tell."""
+
+    @property
+    def id(self) -> str:
+        """The same for every attempt, so that a second one can be known as such."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """In one line; whoever wrote it."""
+        ...
+
+    def text(self) -> str:
+        """For people."""
+        ...
+
+    def body(self) -> bytes:
+        """For programs, as JSON, without texts."""
+        ...
+
 
 class Channel(Protocol):
     """One way to reach people."""
 
-    async def send(self, notice: Notice, now: datetime) -> Told:
+    async def send(self, notice: Message, now: datetime) -> Told:
         """Hand it over; returns once the other side has taken it."""
         ...
 
@@ -140,7 +180,7 @@ class Email:
         """Connects for each notice."""
         self._settings = settings
 
-    async def send(self, notice: Notice, now: datetime) -> Told:
+    async def send(self, notice: Message, now: datetime) -> Told:
         """Hand it to the mail server.
 
         Raises:
@@ -193,14 +233,14 @@ class Webhook:
         self._settings = settings
         self._client = client
 
-    async def send(self, notice: Notice, now: datetime) -> Told:
+    async def send(self, notice: Message, now: datetime) -> Told:
         """Post it.
 
         Raises:
             Unavailable, RateLimited: not now.
             ConnectorRejected, CredentialsRejected: never.
         """
-        body = told(notice)
+        body = notice.body()
         stamp = str(int(now.timestamp()))
         headers = {
             "Content-Type": "application/json",
@@ -224,7 +264,7 @@ class Terminal:
         """The folder is made with the first notice."""
         self._folder = folder
 
-    async def send(self, notice: Notice, now: datetime) -> Told:
+    async def send(self, notice: Message, now: datetime) -> Told:
         """Write it.
 
         Raises:
@@ -245,7 +285,7 @@ def channels(
     return {one.name: _channel(one, folder, client) for one in settings}
 
 
-def letter(notice: Notice, settings: EmailSettings) -> EmailMessage:
+def letter(notice: Message, settings: EmailSettings) -> EmailMessage:
     """The mail; a title cannot put headers into it."""
     message = EmailMessage()
     message["Subject"] = f"[countersign] {visible(notice.title).replace(chr(10), ' ')}"[:200]
@@ -255,25 +295,6 @@ def letter(notice: Notice, settings: EmailSettings) -> EmailMessage:
     message["Auto-Submitted"] = "auto-generated"
     message.set_content(notice.text())
     return message
-
-
-def told(notice: Notice) -> bytes:
-    """The body of a webhook."""
-    order = notice.order
-    return json.dumps(
-        {
-            "id": notice.id,
-            "tenant": order.tenant,
-            "workflow_id": order.workflow_id,
-            "digest": order.digest,
-            "card": notice.card_digest,
-            "round": order.round,
-            "open_until": notice.expires_at.isoformat(),
-            "command": notice.command,
-            "page": notice.page,
-        },
-        sort_keys=True,
-    ).encode()
 
 
 def _limited(order: NoticeOrder, region: str) -> str:

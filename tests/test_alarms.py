@@ -1,0 +1,154 @@
+"""What speaks against a log reaches people, once for as long as it lasts, and stops no other log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from sqlalchemy import text
+
+from activities.services.alarms import Alarm, Alarms
+from activities.services.checkpoints import Checkpoints, keep_signing, sign_all
+from activities.services.database import Database
+from activities.services.ledger_store import LedgerStore
+from activities.services.migrations import migrate
+from activities.services.notices import Message, Terminal
+from activities.services.witnesses import FileWitness
+from models.channels import TerminalSettings
+from models.errors import Unavailable
+from models.ledger import Draft, EventType
+from models.notices import Told
+from models.settings import LedgerSettings, Settings
+from tests.test_checkpoints import PRIVATE
+
+BROKEN = Alarm("acme", "log_broken", "", "it was cut")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = datetime(2026, 5, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        self.now += timedelta(seconds=1)
+        return self.now
+
+
+class Heard:
+    """A channel that takes what it is told to, and remembers it."""
+
+    def __init__(self, fails: int = 0) -> None:
+        self.fails = fails
+        self.said: list[Message] = []
+
+    async def send(self, notice: Message, now: datetime) -> Told:
+        if self.fails:
+            self.fails -= 1
+            raise Unavailable("away")
+        self.said.append(notice)
+        return Told(at=now, reference="")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    migrate(url)
+    opened = Database(url)
+    yield opened
+    opened.close()
+
+
+def checkpoints(database: Database, folder: Path) -> Checkpoints:
+    return Checkpoints(database, PRIVATE, "countersign", [FileWitness(folder / "witness")])
+
+
+async def happen(database: Database, tenant: str, count: int) -> None:
+    for number in range(count):
+        draft = Draft(
+            event_id=f"{tenant}-{number}",
+            stream="s",
+            type=EventType.REQUEST,
+            actor_kind="system",
+            actor_ref="test",
+            correlation_id="s",
+        )
+        await LedgerStore(database, Clock()).add(tenant, draft)
+
+
+def lose(database: Database, tenant: str) -> None:
+    """As somebody would who may do anything with the database."""
+    with database.engine.begin() as link:
+        for name in ("event", "merkle_node", "checkpoint"):
+            link.execute(text(f"DROP TRIGGER IF EXISTS {name}_no_delete"))
+            link.execute(text(f"DELETE FROM {name} WHERE log_id = :of"), {"of": tenant})
+        link.execute(text("DELETE FROM log_head WHERE log_id = :of"), {"of": tenant})
+
+
+async def test_a_log_that_is_gone_is_an_alarm_and_the_others_are_signed(
+    database: Database, tmp_path: Path
+) -> None:
+    signing = checkpoints(database, tmp_path)
+    for tenant in ("acme", "bolt"):
+        await happen(database, tenant, 2)
+    assert await sign_all(signing) == []
+    lose(database, "acme")
+    await happen(database, "bolt", 3)
+    [alarm] = await sign_all(signing)
+    assert alarm.key == ("acme", "log_broken", "")
+    assert "it was cut" in alarm.text
+    [note] = await signing.newest_witnessed("bolt")
+    assert note.split("\n")[1] == "3"
+
+
+async def test_a_log_that_was_cut_is_told_on_the_channel_while_signing_goes_on(
+    database: Database, tmp_path: Path
+) -> None:
+    signing, heard, stop = checkpoints(database, tmp_path), Heard(), asyncio.Event()
+    await happen(database, "acme", 2)
+    await signing.write("acme")
+    lose(database, "acme")
+    await happen(database, "acme", 1)
+    stop.set()
+    await keep_signing(signing, 3600, Alarms({"boss": heard}, Clock()), stop)
+    [said] = heard.said
+    assert said.title == "ALARM: the ledger of acme: log_broken"
+    assert "countersign ledger verify" in said.text()
+    assert json.loads(said.body())["alarm"] == "log_broken"
+
+
+async def test_an_alarm_is_told_once_while_it_lasts_however_its_text_goes_on() -> None:
+    heard = Heard()
+    alarms = Alarms({"boss": heard}, Clock())
+    for number in range(3):
+        await alarms.tell([BROKEN._replace(text=f"it has {number} events")])
+    assert len(heard.said) == 1
+    await alarms.tell([])
+    await alarms.tell([BROKEN])
+    assert len({said.id for said in heard.said}) == 2
+
+
+async def test_a_channel_that_was_away_is_told_later_under_the_same_id_and_the_others_only_once() -> None:
+    away, there = Heard(fails=1), Heard()
+    alarms = Alarms({"away": away, "there": there}, Clock())
+    for _ in range(3):
+        await alarms.tell([BROKEN, Alarm("acme", "log_forked", "w1", "another history")])
+    assert sorted(said.title for said in away.said) == sorted(said.title for said in there.said)
+    assert {said.id for said in away.said} == {said.id for said in there.said}
+
+
+async def test_an_alarm_is_a_file_on_a_terminal(tmp_path: Path) -> None:
+    await Alarms({"desk": Terminal(tmp_path / "desk")}, Clock()).tell([BROKEN])
+    [file] = (tmp_path / "desk").iterdir()
+    assert file.name.startswith("alarm-")
+    assert "it was cut" in file.read_text()
+
+
+def test_who_hears_of_alarms_is_a_channel_that_there_is() -> None:
+    desk = TerminalSettings(name="desk", kind="terminal")
+    assert Settings(ledger=LedgerSettings(notify=("desk",)), channels=(desk,)).ledger.notify == ("desk",)
+    with pytest.raises(ValidationError, match=r"ledger\.notify names boss, which is no channel"):
+        Settings(ledger=LedgerSettings(notify=("boss",)), channels=(desk,))
