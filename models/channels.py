@@ -54,7 +54,7 @@ ChannelSettings = Annotated[EmailSettings | WebhookSettings | TerminalSettings, 
 class DeskSettings(Frozen):
     """The pages on which people read what waits, and answer it; programs too."""
 
-    port: int = Field(default=8235, ge=0, le=65535)
+    port: int = Field(default=8236, ge=0, le=65535)
     """On 127.0.0.1."""
     token: SecretStr | None = None
     """At least 16 characters, for everybody who may read and answer; without it there are no pages."""
@@ -76,7 +76,7 @@ def path_of(run: str) -> str:
 def mistake(
     channels: tuple[ChannelSettings, ...], policy: Policy, alarmed: tuple[str, ...] = ()
 ) -> str | None:
-    """What is wrong between the channels and those who name them, alarms of the ledger among them, if anything."""
+    """What is wrong between the channels and those who name them, if anything; the ledger names `alarmed`."""
     names = [channel.name for channel in channels]
     if INBOX in names or len(set(names)) < len(names):
         return f"names must differ, and {INBOX} is always there; rename one"

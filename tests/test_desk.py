@@ -321,7 +321,7 @@ def test_without_a_token_there_is_no_desk_and_with_one_it_is_named_among_the_add
     without, with_one = Settings(), Settings(desk=DeskSettings(token=SecretStr(TOKEN)))
     assert "desk" not in addresses(without)
     assert "desk.port" not in {port.setting for port in ports(without)}
-    assert addresses(with_one)["desk"] == "http://127.0.0.1:8235"
+    assert addresses(with_one)["desk"] == "http://127.0.0.1:8236"
     assert "desk.port" in {port.setting for port in ports(with_one)}
 
 
