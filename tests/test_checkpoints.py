@@ -145,6 +145,53 @@ async def test_a_checkpoint_is_kept_once_and_handed_to_every_witness(
     assert (tmp_path / "file" / "countersign_default.notes").read_text() == f"{first.note}\n{second.note}\n"
 
 
+def note_of(size: int) -> str:
+    return sign(checkpoint_text(Tree(KEY.name, size, bytes([size]) * 32)), KEY, PRIVATE)
+
+
+async def test_what_was_left_of_a_note_spoils_no_other_one(tmp_path: Path) -> None:
+    witness, (first, torn, later) = FileWitness(tmp_path), (note_of(size) for size in (3, 5, 7))
+    await witness.keep(first)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for end in range(len(torn.encode()) + 1):
+        path.write_bytes(whole + torn.encode()[:end])
+        # Without its last line end a note is whole.
+        assert await witness.newest(KEY.name) == (first if end < len(torn.encode()) - 1 else torn), end
+        await witness.keep(later)
+        assert await witness.newest(KEY.name) == later, end
+
+
+async def test_of_two_that_wrote_past_each_other_the_larger_log_is_the_newest(tmp_path: Path) -> None:
+    witness, (smaller, larger) = FileWitness(tmp_path), (note_of(size) for size in (5, 7))
+    await witness.keep(larger)
+    await witness.keep(smaller)
+    assert await witness.newest(KEY.name) == larger
+
+
+class Babbling(Deaf):
+    """A witness that holds something else than notes."""
+
+    name = "babbling"
+
+    async def newest(self, origin: str) -> str | None:
+        return "no note"
+
+    async def keep(self, note: str) -> None:
+        return None
+
+
+async def test_a_witness_that_holds_no_note_stops_no_checkpoint_and_vouches_for_none(
+    database: Database,
+) -> None:
+    await fill(database, 1)
+    checkpoints = Checkpoints(database, PRIVATE, "countersign", (Babbling(),))
+    written = await checkpoints.write(TENANT)
+    assert written is not None and (written.size, written.missed_by) == (7, ("babbling",))
+    with pytest.raises(ConnectorUnavailable, match="babbling has not the checkpoint"):
+        await checkpoints.before_effect(TENANT)
+
+
 async def test_a_cut_log_is_not_signed_again(database: Database, tmp_path: Path) -> None:
     checkpoints = signer(database, FileWitness(tmp_path / "file"))
     await fill(database, 2)

@@ -169,6 +169,8 @@ class Checkpoints:
         for witness in self._witnesses:
             try:
                 note = await witness.newest(key.name)
+                if note is not None:
+                    read_checkpoint(note)
             except (CountersignError, OSError) as error:
                 log.warning("witness %s does not answer: %s", witness.name, error)
                 missed.append(witness.name)

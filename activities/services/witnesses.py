@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+from base64 import b64decode
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 from activities.services.git import Git
-from activities.services.notes import Tree, read_checkpoint
+from activities.services.notes import DASH, Tree, read_checkpoint
 from models.errors import InvalidInput, Unavailable
 
 TAIL = 8192
 BRANCH = "refs/heads/checkpoints"
 ATTEMPTS = 5
+SIGNED = 4 + 64
+"""Bytes of a signature: which key, and Ed25519."""
 
 
 class Witness(Protocol):
@@ -68,7 +72,7 @@ class FileWitness:
         return f"file:{self._folder}"
 
     async def newest(self, origin: str) -> str | None:
-        """The last note in the log's file."""
+        """The note of the largest log in the file's end: two processes may have written past each other."""
         return await asyncio.to_thread(self._newest, self._path(origin))
 
     async def keep(self, note: str) -> None:
@@ -80,19 +84,19 @@ class FileWitness:
 
     def _append(self, path: Path, note: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        end = _end(path)
+        # What a full disk or a loss of power left of a note must not become part of this one.
+        apart = "" if not end or end.endswith("\n\n") else "\n" if end.endswith("\n") else "\n\n"
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"{note}\n")
+            file.write(f"{apart}{note}\n")
             file.flush()
             os.fsync(file.fileno())
 
     def _newest(self, path: Path) -> str | None:
-        try:
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - TAIL))
-                parts = file.read().decode(errors="replace").split("\n\n")
-        except FileNotFoundError:
-            return None
-        return f"{parts[-3]}\n\n{parts[-2]}\n" if len(parts) >= 3 else None
+        parts = [part.removesuffix("\n") for part in _end(path).split("\n\n")]
+        notes = [f"{text}\n\n{signed}\n" for text, signed in pairwise(parts)]
+        sizes = {note: size for note in notes if (size := _size(note)) is not None}
+        return max(reversed(sizes), key=sizes.__getitem__, default=None)
 
 
 class GitWitness:
@@ -136,6 +140,26 @@ class GitWitness:
             head, {f"{_file_name(tree.origin)}.note": entry}, message, self._clock()
         )
         return await self._git.swap(BRANCH, commit, head)
+
+
+def _end(path: Path) -> str:
+    """The last few notes of a file, the first of them perhaps cut; empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _size(note: str) -> int | None:
+    """Of the log that a note is about; `None` if it is no note, or not a whole one."""
+    first, _, encoded = note.partition("\n\n")[2].partition("\n")[0].rpartition(" ")
+    try:
+        whole = first.startswith(DASH) and len(b64decode(encoded, validate=True)) == SIGNED
+        return read_checkpoint(note).size if whole else None
+    except (InvalidInput, ValueError):
+        return None
 
 
 def _file_name(origin: str) -> str:
