@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import re
+import unicodedata
 from typing import Annotated, Literal, Self
 
-from pydantic import AwareDatetime, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints, model_validator
 
 from models.canonical import Digest, canonical
 from models.loop import Frozen, Name
@@ -48,6 +50,14 @@ class Key(Frozen):
         """What its line calls it; what it is, its own bytes say."""
         return self.public.split(" ", 1)[0]
 
+    @property
+    def blob(self) -> bytes:
+        """The key itself; empty if its line holds none."""
+        try:
+            return base64.b64decode(self.public.split()[1], validate=True)
+        except ValueError:
+            return b""
+
 
 class Person(Frozen):
     """Someone who may answer."""
@@ -57,10 +67,33 @@ class Person(Frozen):
     keys: tuple[Key, ...] = ()
 
 
+def _all_differ(people: tuple[Person, ...]) -> tuple[Person, ...]:
+    """One person is not two, by a second spelling of their name or by somebody else's key."""
+    names: dict[str, str] = {}
+    keys: dict[bytes, str] = {}
+    for person in people:
+        if (name := _folded(person.name)) in names:
+            raise ValueError(f"{names[name]} and {person.name} are one name; name each person once")
+        names[name] = person.name
+        for blob in filter(None, (key.blob for key in person.keys)):
+            if blob in keys:
+                raise ValueError(f"a key of {keys[blob]} stands there again at {person.name}; name it once")
+            keys[blob] = person.name
+    return people
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+Everybody = Annotated[tuple[Person, ...], AfterValidator(_all_differ)]
+"""People whose names and keys differ."""
+
+
 class People(Frozen):
     """Everyone who may answer; with nobody named, any name counts as `claimed`."""
 
-    people: tuple[Person, ...] = ()
+    people: Everybody = ()
 
     def of(self, name: str) -> Person | None:
         """The person of that name."""

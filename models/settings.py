@@ -17,7 +17,7 @@ from models.inference import DataClass
 from models.knowledge import PrewarmSettings
 from models.loop import Assurance, Frozen, Name
 from models.orders import Pace
-from models.people import SECURITY_KEYS, Person, PersonId
+from models.people import SECURITY_KEYS, Everybody, Person, PersonId
 from models.policy import POLICY_AGENT, Policy
 from models.telemetry import TelemetrySettings
 
@@ -322,7 +322,7 @@ class Settings(Frozen):
     notes: bool = False
     """Offer the `null` connector, which keeps notes in the data folder; for trials and tests."""
     policy: Policy = Policy()
-    people: tuple[Person, ...] = Field(default=(), validate_default=True)
+    people: Everybody = Field(default=(), validate_default=True)
     """Who may answer; with nobody named, any name counts as claimed."""
     ledger: LedgerSettings = LedgerSettings()
     channels: tuple[ChannelSettings, ...] = Field(default=(), validate_default=True)

@@ -196,13 +196,16 @@ async def test_a_change_that_nobody_agreed_to_is_believed_by_nobody_and_found_by
     assert await verified(stack) == ("tampered", 1)
 
 
-async def test_a_change_bound_under_a_gate_of_its_own_is_believed_by_nobody(stack: Stack, key: Path) -> None:
+async def test_a_change_bound_under_a_gate_of_its_own_is_believed_by_nobody(
+    stack: Stack, tmp_path: Path
+) -> None:
     """Whoever writes the database, and is known here in some role, still changes nothing."""
     run = await proposal_of(stack, {"agent": "external", "autonomy": {"automatic": True}})
     intent = Intent.model_validate_json(
         await stack.content.get("default", Ref(digest=await stack.digest(run), size=0))
     )
     lax = intent.gate.model_copy(update={"roles": ("reader",)})
+    key = make_key(tmp_path)
     public = key.with_suffix(".pub").read_text().strip()
     eve = Person(name="eve", roles=("reader",), keys=(Key(public=public),))
     known = stack.settings.model_copy(update={"people": (*stack.settings.people, eve)})

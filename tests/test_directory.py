@@ -19,9 +19,10 @@ NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
 @pytest.fixture
 def named(tmp_path: Path) -> Settings:
-    text = public(make_key(tmp_path, "ann"))
     states = ({}, {"revoked": True}, {"valid_before": NOW - timedelta(days=1)})
-    keys = tuple(Key(public=text, **state) for state in states)
+    keys = tuple(
+        Key(public=public(make_key(tmp_path, f"ann{number}")), **state) for number, state in enumerate(states)
+    )
     people = (Person(name="bob"), Person(name="ann", roles=("editor", "legal"), keys=keys))
     return offline(tmp_path / "data", people=people)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from activities.services.signatures import BEGIN, END
 from models.gate import Kind
@@ -13,7 +14,7 @@ from models.ledger import EventType
 from models.loop import GateRule, Status
 from models.people import Key, Person
 from models.policy import AgentPolicy, Policy
-from models.settings import TemporalSettings
+from models.settings import Settings, TemporalSettings
 from models.visibility import Role
 from scripts.commands.answer import signed
 from tests.conftest import Stack, a_key, note, settings_for, stack_of
@@ -107,6 +108,32 @@ async def test_every_answer_that_is_not_what_ann_signed_is_refused_and_the_run_w
     assert (await stack.answer(run, Kind.APPROVE, **good)).counted
     assert (await run.handle.result()).status is Status.EXECUTED
     assert len(stack.notes()) == 1
+
+
+async def test_a_question_is_handed_to_nobody_whom_settings_do_not_name(
+    stack: Stack, keys: dict[str, Path]
+) -> None:
+    run = await stack.propose(a_key(), note())
+    judged = await answer(stack, run, keys["ann"], Kind.DELEGATE, to="bbo")
+    assert (judged.counted, judged.field) == (False, "to")
+    assert (await answer(stack, run, keys["ann"], Kind.DELEGATE, to="bob")).counted
+
+
+@pytest.mark.parametrize("names", [("ann", "Ann"), ("rené", "rene\u0301"), ("ann", "\uff41nn")])
+def test_one_person_is_not_two_by_another_spelling_of_their_name(names: tuple[str, str]) -> None:
+    with pytest.raises(ValidationError, match="are one name"):
+        Settings(people=tuple(Person(name=name) for name in names))
+
+
+def test_one_person_is_not_two_by_the_key_of_another(keys: dict[str, Path]) -> None:
+    ann, bob = people(keys)
+    spelled = Key(public=f"{public(keys['ann']).rsplit(' ', 1)[0]} of bob", valid_before=datetime.now(UTC))
+    for twice in (
+        (ann, Person(name="eve", keys=(spelled,))),
+        (Person(name="ann", keys=(*ann.keys, spelled)),),
+    ):
+        with pytest.raises(ValidationError, match="a key of ann stands there again"):
+            Settings(people=(bob, *twice))
 
 
 async def test_a_key_that_was_revoked_after_the_answer_leads_to_no_effect(

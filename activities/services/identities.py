@@ -35,6 +35,9 @@ class Identities:
         person = self._people.of(answer.approver)
         if person is None:
             return Identity(field="approver", remedy="nobody of that name may answer; see people in settings")
+        if wanted.kind is Kind.DELEGATE and answer.to is not None and self._people.of(answer.to) is None:
+            # In the hands of nobody it would wait until it expires.
+            return Identity(field="to", remedy="nobody of that name may answer; see people in settings")
         if answer.signature is None:
             return Identity(roles=person.roles)
         return self._signed(wanted.tenant, wanted.kind, answer, person)

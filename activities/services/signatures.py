@@ -8,7 +8,6 @@ ordinary answer that does not count.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import struct
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ def fingerprint(public: str) -> str:
 def on_device(key: Key) -> bool:
     """Whether a key is a security key, by its own bytes and not by what its line calls it."""
     try:
-        return _public(_raw(key)).kind in (SK_ED25519, SK_ECDSA)
+        return _public(key.blob).kind in (SK_ED25519, SK_ECDSA)
     except Unreadable:
         return False
 
@@ -87,7 +86,7 @@ def check(armoured: str, message: bytes, person: Person, now: datetime) -> tuple
         return None, str(error)
     if namespace != NAMESPACE.encode():
         return None, f"it was made for another purpose; sign with -n {NAMESPACE}"
-    key = next((key for key in person.keys if _raw(key) == public), None)
+    key = next((key for key in person.keys if key.blob == public), None)
     if key is None:
         return None, f"its key is not one of {person.name}'s; add it to people in countersign.toml"
     if (reason := unusable(key, now)) is not None:
@@ -119,13 +118,6 @@ def _lacks(key: Key, made: _Value) -> str | None:
     if key.verify_required and (flags is None or not flags & VERIFIED):
         return "the security key asked for no PIN; make the key with -O verify-required"
     return None
-
-
-def _raw(key: Key) -> bytes:
-    try:
-        return base64.b64decode(key.public.split()[1], validate=True)
-    except binascii.Error:
-        return b""
 
 
 def _verified(public: bytes, algorithm: bytes, signature: bytes, message: bytes) -> _Value | None:
