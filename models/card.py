@@ -16,7 +16,11 @@ from models.policy import passes_alone, risk
 
 SHORT_LIMIT = 3_000
 """Characters; the UI sends the text in a URL to be rendered, and proxies refuse long ones."""
-BREAKS = "\u200b\u200c\u200d\u2028\u2029\ufeff"
+IGNORED = frozenset(
+    (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x2800, 0x3164, 0xFFA0)
+    + (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFF9), *range(0xE0000, 0xE1000))
+)
+"""What is drawn as nothing though its category is that of letters, marks and signs, or that of none yet."""
 
 
 def full_card(intent: Intent, texts: Mapping[str, str]) -> str:
@@ -168,14 +172,17 @@ def _answer(intent: Intent, digest: str) -> list[str]:
 
 def cost_text(cost: Cost) -> str:
     """Money, tokens and time in words; unknown is said, never zero."""
-    money = (
-        f"{cost.amount} {_inline(cost.currency or 'of unknown currency')}"
-        if cost.amount is not None
-        else "money unknown"
-    )
+    money = f"{cost.amount} {_unit(cost.currency)}" if cost.amount is not None else "money unknown"
     tokens = f"{cost.tokens} tokens" if cost.tokens is not None else "tokens unknown"
     seconds = f"{cost.milliseconds / 1000:.1f} s" if cost.milliseconds is not None else "time unknown"
     return f"{money}, {tokens}, {seconds}"
+
+
+def _unit(currency: str | None) -> str:
+    if not currency:
+        return "of unknown currency"
+    # What looks like none was written by a model or a stranger, and could be a link.
+    return currency if currency.isascii() and currency.isalpha() else f"`{_inline(currency)}`"
 
 
 def change_text(change: Change) -> str:
@@ -211,5 +218,7 @@ def _inline(text: str) -> str:
 def _shown(character: str) -> str:
     if character in "\n\t":
         return character
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") or character in BREAKS
+    hidden = (
+        unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") or ord(character) in IGNORED
+    )
     return f"⟨U+{ord(character):04X}⟩" if hidden else character

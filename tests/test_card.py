@@ -6,6 +6,7 @@ import unicodedata
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -117,6 +118,21 @@ def test_a_fence_holds_whatever_is_in_it(text: str) -> None:
     [(kind, content)] = blocks("\n".join(fenced(text)))
     assert kind == "fence"
     assert content.rstrip("\n") == visible(text).rstrip("\n")
+
+
+@pytest.mark.parametrize("code", [0x034F, 0x115F, 0x2800, 0x3164, 0xFE0F, 0xFFA0, 0xE0100])
+def test_what_is_drawn_as_nothing_is_shown(code: int) -> None:
+    assert visible(f"sku{chr(code)}-1") == f"sku⟨U+{code:04X}⟩-1"
+
+
+@pytest.mark.parametrize("link", ["[EUR](//evil.test)", "![](//evil.test)", "https://evil.test", "EUR`x"])
+def test_nobody_puts_a_link_where_the_card_says_what_it_costs(link: str) -> None:
+    plain = an_intent()
+    proposal = plain.proposal.model_copy(update={"estimated": Cost(amount="1", currency=link)})
+    intent = plain.model_copy(update={"proposal": proposal})
+    html = MarkdownIt("commonmark").enable("table").render(full_card(intent, {ref("diff 0").digest: ""}))
+    assert f"1 <code>{link.replace(chr(96), chr(39))}</code>" in html
+    assert "<a " not in html and "<img" not in html
 
 
 def test_a_small_card_is_whole_and_ends_with_the_answer() -> None:
