@@ -42,7 +42,7 @@ PATIENCE = 3.0
 """Seconds for one delivery, repetitions included."""
 LAST = 5.0
 """Seconds for all that is left when the process ends."""
-BUFFERED = 100_000
+BUFFERED = 20_000
 """Changes of Temporal's metrics between two looks at them, a second apart."""
 TEMPORAL = "temporal_*"
 LABELS = frozenset(

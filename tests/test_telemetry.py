@@ -264,12 +264,10 @@ async def test_a_run_that_changes_its_worker_and_is_continued_stays_one_trace(
     async with stack_of(settings, PARTS, telemetry=before.telemetry) as stack:
         run = await stack.propose(a_key(), note(), agent="short")
         first = (await run.handle.describe()).run_id
-        await stack.digest(run)
+        await stack.answer(run, Kind.REVISE, await stack.digest(run), comment="once more")
+        await stack.digest(run, 2)
     async with stack_of(settings, PARTS, telemetry=after.telemetry) as stack:
-        for number in (1, 2, 3):
-            digest = await stack.digest(run, number)
-            if number < 3:
-                await stack.answer(run, Kind.REVISE, digest, comment="once more")
+        await stack.answer(run, Kind.REVISE, await stack.digest(run, 2), comment="once more")
         await stack.approve(run, 3)
         assert (await run.handle.result()).status == "executed"
     spans = [*before.spans, *after.spans]
@@ -283,13 +281,13 @@ async def test_a_run_that_changes_its_worker_and_is_continued_stays_one_trace(
     assert root in after.named("RunWorkflow:Short")
     assert all(span.parent is None or span.parent.span_id in ids for span in spans)
     assert after.counts("countersign.wait.duration") == [
-        ({"countersign.agent": "short", "countersign.verdict": "revise"}, 2),
+        ({"countersign.agent": "short", "countersign.verdict": "revise"}, 1),
         ({"countersign.agent": "short", "countersign.verdict": "approve"}, 1),
     ]
     assert after.counts("countersign.decision.duration") == [
         ({"countersign.agent": "short", "countersign.status": "executed"}, 1)
     ]
-    assert before.reader.get_metrics_data() is None
+    assert before.counts("countersign.decision.duration") == []
 
 
 async def test_what_strangers_type_is_in_no_name_of_a_span(
