@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from sqlalchemy import text
 
 from activities.services.alarms import Alarm, Alarms
-from activities.services.checkpoints import Checkpoints, keep_signing, sign_all
+from activities.services.checkpoints import Checkpoints
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate
 from activities.services.notices import Message, Terminal
+from activities.services.scrubbing import Scrub
+from activities.services.watching import keep_watch, watch
 from activities.services.witnesses import FileWitness
 from models.channels import TerminalSettings
 from models.errors import Unavailable
@@ -94,10 +96,10 @@ async def test_a_log_that_is_gone_is_an_alarm_and_the_others_are_signed(
     signing = checkpoints(database, tmp_path)
     for tenant in ("acme", "bolt"):
         await happen(database, tenant, 2)
-    assert await sign_all(signing) == []
+    assert await watch(signing, Scrub(database)) == []
     lose(database, "acme")
     await happen(database, "bolt", 3)
-    [alarm] = await sign_all(signing)
+    [alarm] = await watch(signing, Scrub(database))
     assert alarm.key == ("acme", "log_broken", "")
     assert "it was cut" in alarm.text
     [note] = await signing.newest_witnessed("bolt")
@@ -113,11 +115,25 @@ async def test_a_log_that_was_cut_is_told_on_the_channel_while_signing_goes_on(
     lose(database, "acme")
     await happen(database, "acme", 1)
     stop.set()
-    await keep_signing(signing, 3600, Alarms({"boss": heard}, Clock()), stop)
+    await keep_watch(signing, Scrub(database), Alarms({"boss": heard}, Clock()), 3600, stop)
     [said] = heard.said
     assert said.title == "ALARM: the ledger of acme: log_broken"
     assert "countersign ledger verify" in said.text()
     assert json.loads(said.body())["alarm"] == "log_broken"
+
+
+async def test_an_event_that_was_changed_long_ago_is_an_alarm_though_nobody_asks(
+    database: Database, tmp_path: Path
+) -> None:
+    signing, scrub = checkpoints(database, tmp_path), Scrub(database)
+    await happen(database, "acme", 3)
+    assert await watch(signing, scrub) == []
+    with database.engine.begin() as link:
+        link.execute(text("DROP TRIGGER event_no_update"))
+        link.execute(text("UPDATE event SET type = 'receipt' WHERE seq = 2"))
+    for _ in range(2):
+        [alarm] = await watch(signing, scrub)
+        assert (alarm.kind, alarm.text.split(":")[0]) == ("log_broken", "log acme, event 2")
 
 
 async def test_an_alarm_is_told_once_while_it_lasts_however_its_text_goes_on() -> None:

@@ -13,10 +13,12 @@ from sqlalchemy import Connection, select, text
 from activities.connectors.null import Null
 from activities.services.actor import Actor
 from activities.services.alarms import Alarms
-from activities.services.checkpoints import CHECKPOINT, Checkpoints, keep_signing, load_key
+from activities.services.checkpoints import CHECKPOINT, Checkpoints, load_key
 from activities.services.database import Database
 from activities.services.migrations import migrate
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
+from activities.services.scrubbing import Scrub
+from activities.services.watching import keep_watch
 from activities.services.witnesses import FileWitness, GitWitness, witnesses
 from models.errors import ConnectorUnavailable, InvalidInput, LedgerBroken
 from models.loop import GateRule, Reversibility
@@ -238,7 +240,7 @@ async def test_signing_goes_on_while_a_witness_is_away(database: Database) -> No
 
 async def test_the_last_events_are_signed_when_a_process_ends(database: Database) -> None:
     stop = asyncio.Event()
-    task = asyncio.create_task(keep_signing(signer(database), 3600, Alarms({}, clock), stop))
+    task = asyncio.create_task(keep_watch(signer(database), Scrub(database), Alarms({}, clock), 3600, stop))
     await fill(database, 1)
     stop.set()
     await task

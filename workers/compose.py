@@ -46,7 +46,7 @@ from activities.services.beliefs import Beliefs
 from activities.services.breaker import Breakers
 from activities.services.cache import Cache
 from activities.services.calibration import Calibrations
-from activities.services.checkpoints import Checkpoints, keep_signing, load_key
+from activities.services.checkpoints import Checkpoints, load_key
 from activities.services.claims import Claims
 from activities.services.content import ContentStore
 from activities.services.cosigning import RemoteCosigner
@@ -69,11 +69,13 @@ from activities.services.residence import stores
 from activities.services.router import Alike, Answerer
 from activities.services.routes import Measurements, Routes
 from activities.services.runs import Runs
+from activities.services.scrubbing import Scrub
 from activities.services.short_term import ShortTerm, metered
 from activities.services.site_server import SiteServer
 from activities.services.tidying import keep_tidy
 from activities.services.till import Till
 from activities.services.vectors import ExactVectors
+from activities.services.watching import keep_watch
 from activities.services.witnesses import witnesses
 from activities.tiers.base import Embedder, Endpoint
 from activities.tiers.coalesced import Coalesced
@@ -386,7 +388,8 @@ class _Composer:
             every = self._settings.ledger.checkpoint_seconds
             told = self._settings.ledger.notify
             known = {name: one for name, one in (await self._channels()).items() if name in told}
-            await self._background(keep_signing, self._checkpoints(), every, Alarms(known, utc_now))
+            checkpoints, scrub = self._checkpoints(), Scrub(self._database)
+            await self._background(keep_watch, checkpoints, scrub, Alarms(known, utc_now), every)
         for site in self._settings.sites:
             if site.serve:
                 await self._serve(

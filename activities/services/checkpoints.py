@@ -6,7 +6,6 @@ database was rolled back or rewritten, and signing would hide it.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from base64 import b64encode
@@ -18,12 +17,10 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Connection, select, union
-from sqlalchemy.exc import DBAPIError
 
 from activities.services import merkle
-from activities.services.alarms import Alarm, Alarms
 from activities.services.cosignatures import with_lines
-from activities.services.cosigning import GRAVE, Alert, Cosigning, RemoteCosigner, cosignatures
+from activities.services.cosigning import Alert, Cosigning, RemoteCosigner, cosignatures
 from activities.services.database import Database, insert_for
 from activities.services.key_files import private_key
 from activities.services.ledger_store import EVENT, HEAD, NODE
@@ -36,8 +33,6 @@ from models.tables import Checkpoint, table
 CHECKPOINT = table(Checkpoint)
 KEY_FILE = Path("keys") / "ledger.pem"
 NEXT_FILE = Path("keys") / "ledger-next.pem"
-BROKEN = "log_broken"
-"""The word for a log that does not continue what was signed, or does not hold together."""
 log = logging.getLogger(__name__)
 
 
@@ -190,44 +185,6 @@ class Checkpoints:
                 continue
             kept.append(witness.name)
         return kept
-
-
-async def keep_signing(checkpoints: Checkpoints, seconds: float, alarms: Alarms, stop: asyncio.Event) -> None:
-    """Write a checkpoint of every log each `seconds`, until stopped, and once more then.
-
-    What speaks against a log is told on the channels of `alarms`, and keeps no other log from being signed.
-    """
-    log.info("ledger: a checkpoint every %s seconds; later events are not yet witnessed", seconds)
-    while True:
-        await alarms.tell(await sign_all(checkpoints))
-        if stop.is_set():
-            return
-        with suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), seconds)
-
-
-async def sign_all(checkpoints: Checkpoints) -> list[Alarm]:
-    """Sign every log there is; what speaks against any of them."""
-    found = list[Alarm]()
-    try:
-        for tenant in await checkpoints.tenants():
-            found += await _signed(checkpoints, tenant)
-    except DBAPIError as error:
-        log.warning("no checkpoint: %s", error)
-    return found
-
-
-async def _signed(checkpoints: Checkpoints, tenant: str) -> list[Alarm]:
-    try:
-        written = await checkpoints.write(tenant)
-    except LedgerBroken as error:
-        log.error("%s", error.message)
-        return [Alarm(tenant, BROKEN, "", error.message)]
-    except (CountersignError, OSError) as error:
-        log.warning("no checkpoint of %s: %s", tenant, error)
-        return []
-    grave = [one for one in written.alerts if one.kind in GRAVE] if written is not None else []
-    return [Alarm(tenant, one.kind, one.witness, one.text) for one in grave]
 
 
 def load_key(data: Path) -> Ed25519PrivateKey:
