@@ -25,6 +25,7 @@ from activities.services.merkle import extend, leaf_hash, pack
 from activities.services.migrations import migrate
 from activities.services.notes import NoteKey
 from activities.services.verifier import Report, Verifier, check_database
+from models.errors import LedgerBroken
 from models.ledger import EventType
 from models.loop import GateRule, Outcome, Reversibility, Status
 from scripts import verify_ledger
@@ -274,6 +275,33 @@ def test_any_single_change_to_the_database_is_found(log: Log, seed: int) -> None
         link.rollback()
         assert report.status == "tampered"
         assert report.findings[0].seq >= 0
+    database.close()
+
+
+@pytest.mark.parametrize("value", ["'text'", "x'ff'", "1.5", "9223372036854775807", "10000000000000", "-1"])
+def test_what_belongs_into_no_column_is_found_and_not_fallen_over(log: Log, value: str) -> None:
+    database = Database(f"sqlite:///{log.file}")
+    with database.engine.connect() as link:
+        tables = ("event", "merkle_node", "log_head", "checkpoint", "blob")
+        for guard in GUARDS:
+            link.execute(text(f"DROP TRIGGER {guard}"))
+        for table in tables:
+            columns = [row[1] for row in link.execute(text(f"PRAGMA table_info({table})"))]
+            for column in (one for one in columns if one != "sealed_by"):
+                changed = link.begin_nested()
+                last = f"rowid = (SELECT max(rowid) FROM {table})"
+                link.execute(text(f"UPDATE OR IGNORE {table} SET {column} = {value} WHERE {last}"))
+                report = check_database(link, TENANT, ORIGIN, [log.key], [log.note])
+                assert report.status in ("tampered", "sound"), (table, column)
+                changed.rollback()
+        link.execute(text("UPDATE event SET envelope = 'text' WHERE seq = 1"))
+        report = check_database(link, TENANT, ORIGIN, [log.key], [log.note])
+        assert [one.what for one in report.findings][:1] == [
+            "event.envelope holds what does not belong there"
+        ]
+        with pytest.raises(LedgerBroken, match="event.envelope"):
+            list(of_database(link, TENANT, ORIGIN))
+        link.rollback()
     database.close()
 
 

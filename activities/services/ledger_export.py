@@ -23,6 +23,7 @@ from activities.services.cosigning import cosignatures
 from activities.services.database import from_micros, to_micros
 from activities.services.ledger_store import EVENT
 from activities.services.regions import NAMES
+from activities.services.row_types import misfits
 from activities.services.vault import KEY, Sealed
 from models.canonical import sha256
 from models.errors import InvalidInput, LedgerBroken
@@ -98,6 +99,8 @@ Item = Header | IntentBytes | Leaf | Note | Gone | Unreadable
 def of_database(link: Connection, tenant: str, origin: str) -> Iterator[Item]:
     """Everything of a log, as one transaction sees it."""
     _hold_still(link)
+    for what in misfits(link, tenant):
+        raise LedgerBroken(f"log {tenant}: {what}; nobody can read it: restore the database")
     yield _header(link, tenant, origin)
     yield from _destroyed(link, tenant)
     notes = _notes(link, tenant)
