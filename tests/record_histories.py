@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,19 @@ async def hasty_reminded_and_expired(shared: Shared) -> Started:
 
 
 @flow
+async def roles_reminded_once(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note(), agent="roles")
+    digest = await shared.digest(run)
+    # As long as nobody can write, reminders fall due and none goes out.
+    with closing(sqlite3.connect(shared.settings.data / "countersign.db", isolation_level=None)) as link:
+        link.execute("BEGIN IMMEDIATE")
+        await asyncio.sleep(4)
+    await shared.until(run, "reminder", 4)
+    await shared.answer(run, Kind.APPROVE, digest)
+    return run
+
+
+@flow
 async def short_continued(shared: Shared) -> Started:
     """The history of the first run of its chain; the next one goes on by itself."""
     run = await shared.propose(a_key(), note(), agent="short")
@@ -326,7 +340,7 @@ async def _raw(shared: Shared, kind: str, *payloads: Any) -> Started:
 
 
 def settings_of(temporal: TemporalSettings, data: Path) -> Settings:
-    rules = policies(hasty=GateRule(absolute_seconds=3, remind_seconds=1))
+    rules = policies(hasty=GateRule(absolute_seconds=3, remind_seconds=1), roles=GateRule(remind_seconds=1))
     plain = AgentPolicy(connectors=("site",), gate=GateRule(remind_seconds=None))
     more = {"content": plain, "calendar": AgentPolicy(connectors=())}
     site = SiteSettings(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ from activities.services.intents import Intents
 from activities.services.ledger_store import LedgerStore
 from activities.services.migrations import migrate
 from activities.services.requests import Requests
+from models.gate import Kind
+from models.ledger import Event, EventType
 from models.loop import GateRule, Outcome, Request, Status, workflow_id
 from models.orders import Pace
 from models.policy import AgentPolicy, Policy
+from models.settings import TemporalSettings
 from models.visibility import Attribute, Queue
 from temporal.plugin import CountersignPlugin
-from tests.conftest import a_key, note
+from tests.conftest import a_key, note, policy, settings_for, stack_of
 from workflows.agents.external import External
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -164,6 +169,31 @@ async def test_after_thirty_days_it_has_expired_with_daily_reminders_and_nothing
     assert [body["standing"] for body in await room.bodies(handle, "gate")] == ["expired"]
     assert room.notes() == 0
     room.database.close()
+
+
+async def test_after_an_absence_people_are_reminded_once_and_then_at_the_usual_pace(
+    temporal: TemporalSettings, tmp_path: Path
+) -> None:
+    settings = settings_for(temporal, tmp_path, policy=policy(remind_seconds=1))
+    async with stack_of(settings) as stack:
+        run = await stack.propose(a_key(), note())
+        digest = await stack.digest(run)
+    # Nothing happens while nobody is there; time merely passes.
+    await asyncio.sleep(4)
+    async with stack_of(settings) as stack:
+        paced: list[Event] = []
+        async with asyncio.timeout(60):
+            while len(paced) < 3:
+                reminders = [event for event in await stack.events(run) if event.type is EventType.REMINDER]
+                paced = [event for event in reminders if "at" in event.body]
+                await asyncio.sleep(0.01)
+        paced = paced[:3]
+        assert (await stack.answer(run, Kind.APPROVE, digest)).counted
+        assert (await run.handle.result()).status is Status.EXECUTED
+    times = [datetime.fromisoformat(event.body["at"]) for event in paced]
+    assert all(later - sooner >= timedelta(seconds=1) for sooner, later in pairwise(times))
+    first = paced[0].body["number"]
+    assert [event.body["number"] for event in paced] == [first, first + 1, first + 2]
 
 
 async def test_the_absolute_limit_wins_over_a_long_wait_from_delivery(

@@ -37,6 +37,8 @@ from workflows.review import Review
 
 SAID_ONCE = "said once"
 """Runs from before log a message again whose task was lost."""
+REMINDED_ONCE = "reminded once"
+"""Runs from before make up for every reminder that fell due while no worker was there."""
 
 
 class Approval:
@@ -155,9 +157,15 @@ class Approval:
             elif reminds is not None and now >= reminds:
                 number = self._journal.progress.reminders + 1
                 body = {"digest": digest, "number": number}
-                if intent.gate.hours is not None:
+                if intent.gate.hours is not None or self._counts_anew(intent, now, reminds):
                     body["at"] = now.isoformat()
                 await self._journal.append((EventType.REMINDER, body))
+
+    def _counts_anew(self, intent: Intent, now: datetime, due: datetime) -> bool:
+        """Whether the next reminder runs from this one: after a long absence one is enough."""
+        every = timedelta(seconds=intent.gate.remind_seconds or 0)
+        began = self._journal.progress.reminded_at is not None
+        return began or (now - due >= every and workflow.patched(REMINDED_ONCE))
 
     async def _pass(self, intent: Intent, digest: str) -> None:
         async with self._journal.writing():
@@ -180,7 +188,8 @@ class Approval:
             return None
         every, progress = timedelta(seconds=rule.remind_seconds), self._journal.progress
         if rule.hours is None:
-            return shown + every * (progress.reminders + 1)
+            last = progress.reminded_at
+            return shown + every * (progress.reminders + 1) if last is None else last + every
         which = (digest, progress.reminders)
         if self._due is None or self._due[0] != which:
             due = Due(at=(progress.reminded_at or shown) + every, hours=rule.hours)
