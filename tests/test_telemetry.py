@@ -336,7 +336,15 @@ def test_what_fails_is_told_by_its_kind_and_never_in_its_words() -> None:
     assert "secret" not in str(reader.get_metrics_data())
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:4318", "grpc://x:4317", "http://", "http://x y", "http://x?a=b"])
-def test_an_endpoint_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ValidationError):
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:4318", "grpc://x:4317", "http://", "http://x y", "http://x?a=b", "http://x:4318/v1/traces"],
+)
+def test_an_endpoint_that_is_none_is_refused_with_one_that_is(url: str) -> None:
+    with pytest.raises(ValidationError, match="write it as http"):
         TelemetrySettings(otlp_endpoint=url)
+
+
+@pytest.mark.parametrize("url", ["http://x:4318", "https://x/", "http://x:9090/api/v1/otlp"])
+def test_an_endpoint_may_have_a_path(url: str) -> None:
+    assert TelemetrySettings(otlp_endpoint=url).otlp_endpoint == url
