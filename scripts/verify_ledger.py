@@ -5,24 +5,25 @@
     verify_ledger.py proof FILE --key KEY                        a proof that one event stands in the log
 
 KEY is what `countersign ledger key` prints, from where you trust it; repeat it for each key that signed.
-NOTE is a file with a checkpoint kept outside; --witness-key KEY wants one that a co-signer cosigned. Exit 0:
-sound. 1: tampered, with the first bad event. 2: not to be told, something is missing. The verdicts before an
-effect must be enough under the gate of its intent, and what is gone must have been ordered to go.
+NOTE is a file with a checkpoint kept outside; --witness-key KEY wants one that a co-signer cosigned.
+Exit 0: sound. 1: tampered, with the first bad event. 2: not to be told, something is missing.
 """
 
 import argparse
+import gc
 import hashlib
 import json
+import marshal
 import sys
 import time
 from base64 import b64decode, b64encode
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import datetime
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import reduce
-from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,16 @@ Plain = dict[str, Any]
 Run = dict[str, set[Any]]  # digests and action keys, by what they have in common
 Verdicts = list[tuple[Plain, str]]
 Others = tuple[list["Key"], int]  # co-signers, and how many of them are needed
-FORMAT = "countersign-ledger/1"
-EFFECTS = ("apply", "compensation", "receipt")
-LEVELS = ("claimed", "principal", "signed")
+FORMAT, POLICY, PART = "countersign-ledger/1", "gate_policy", 4 << 20  # bytes of an export, read at once
+EFFECTS, LEVELS = ("apply", "compensation", "receipt"), ("claimed", "principal", "signed")
 CLASSES = ("read_only", "reversible", "correctable", "irreversible")
-POLICY = "gate_policy"
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 moment = datetime.fromisoformat
 EPOCH = moment("1970-01-01T00:00:00+00:00")
 plainly = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+# Beyond ASCII, names are sorted as UTF-16, and Python sorts otherwise: there, any order is taken.
+canonical = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, sort_keys=True).encode
+exactly = json.JSONDecoder(parse_float=Decimal, parse_constant=Decimal).raw_decode  # no fraction has one form
 sorted_out = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
 
 
@@ -55,10 +57,9 @@ def shape(plain: Plain) -> tuple[Any, ...]:
 written = {"actor_kind": "", "actor_ref": "", "body": {}, "causation_id": None, "correlation_id": ""}
 written |= dict.fromkeys(("event_id", "log_id", "recorded_at"), "") | {"seq": 0}
 written |= dict.fromkeys(("span_id", "stream", "trace_id", "type"), "") | {"version": 0}
-shapes = {shape(written), shape(written | {"causation_id": ""}), shape({"checkpoint": ""})}
-shapes |= {shape({"format": "", "origin": "", "root": "", "size": 0, "tenant": ""})}
-shapes |= {shape({"data_base64": "", "intent": ""})}
-shapes |= {shape({"at": at, "gone": "", "key": key}) for at in ("", None) for key in ("", None)}
+forms = {shape(written), shape(written | {"causation_id": ""}), shape({"data_base64": "", "intent": ""})}
+forms |= {shape({"format": "", "origin": "", "root": "", "size": 0, "tenant": ""}), shape({"checkpoint": ""})}
+forms |= {shape({"at": at, "gone": "", "key": key}) for at in ("", None) for key in ("", None)}
 
 
 def node(left: bytes, right: bytes) -> bytes:
@@ -141,10 +142,8 @@ def is_signed(note: str, keys: list[Key]) -> bool:
 
 def cosigners(note: str, keys: list[Key]) -> tuple[int, list[str]]:
     """How many of the co-signers cosigned a note, and whose cosignature under it is not theirs."""
-    text, _, rest = note.partition("\n\n")
-    said = [
-        (key, key.signed(f"{text}\n", one)) for key in keys for one in rest.split("\n") if key.claims(one)
-    ]
+    text, lines = note.partition("\n\n")[0], note.partition("\n\n")[2].split("\n")
+    said = [(key, key.signed(f"{text}\n", one)) for key in keys for one in lines if key.claims(one)]
     return len({key.raw for key, good in said if good}), [key.name for key, good in said if not good]
 
 
@@ -205,12 +204,11 @@ def sure(gate: Plain, verdict: Plain) -> bool:
 
 def passed(intent: Plain, verdicts: Verdicts) -> bool:
     """Whether verdicts, in the order in which they were recorded, are enough for an intent."""
-    gate = intent["gate"]
+    gate, approved = intent["gate"], dict[str, str | None]()
     if alone(intent):
         return True
     asked = None if gate.get("self_approval") else intent.get("requester")
     wanting = {one.casefold() for one in (intent["proposer"], asked) if one is not None}
-    approved: dict[str, str | None] = {}
     for verdict, _ in verdicts:
         if verdict["kind"] in ("reject", "revise"):
             return False
@@ -272,11 +270,8 @@ class Conduct:
     def __init__(self) -> None:
         self.runs: dict[str, Run] = defaultdict(lambda: defaultdict(set))
         self.verdicts: dict[str, Verdicts] = defaultdict(list)
-        self.intents: dict[str, Plain] = {}
-        self.streams: dict[str, str] = {}
-        self.missing: set[str] = set()
-        self.ordered: dict[str | None, datetime] = {}
-        self.orders: dict[str, str] = {}
+        self.intents, self.streams, self.missing = dict[str, Plain](), dict[str, str](), set[str]()
+        self.ordered, self.orders = dict[str | None, datetime](), dict[str, str]()
         self.gone: list[tuple[int, str, str | None, datetime | None]] = []
 
     def take(self, event: Plain) -> list[str]:
@@ -378,31 +373,29 @@ class Check:
 
     def __init__(self, keys: list[Key], old: list[str], others: Others = ([], 0)) -> None:
         self.keys, self.old = list(keys), [(*read_note(note), note) for note in old]
-        (self.others, self.needed), self.cosigned = others, 0
-        self.wrong: list[tuple[int, str]] = []
-        self.gaps: list[str] = []
+        self.others, self.needed = others
+        self.wrong, self.gaps, self.peaks = list[tuple[int, str]](), list[str](), list[bytes]()
         self.header: Plain | None = None
-        self.peaks: list[bytes] = []
-        self.size = self.signed = self.witnessed = self.matched = 0
-        self.versions: dict[str, int] = {}
-        self.ids: set[str] = set()
-        self.conduct = Conduct()
+        self.size = self.signed = self.cosigned = self.witnessed = self.matched = 0
+        self.versions, self.ids, self.conduct = dict[str, int](), set[str](), Conduct()
 
     def _find(self, what: str, seq: int | None = None) -> None:
         self.wrong.append((self.size + 1 if seq is None else seq, what))
 
-    def line(self, line: str) -> None:
-        """Take the next line."""
+    def take(self, item: Any) -> None:
+        """Take what the next line holds."""
+        if not isinstance(item, str):
+            return self._event(*item)
         try:
-            plain = json.loads(line)
+            plain = json.loads(item)
             if "specversion" in plain:
-                return self._event(line, b64decode(plain["data_base64"], validate=True))
-            self._other(plain, sorted_out(plain) == line.rstrip("\n"))
+                return self._event(b64decode(plain["data_base64"], validate=True), ())
+            self._other(plain, sorted_out(plain) == item)
         except UNREADABLE as error:
             self._find(f"a line cannot be read: {type(error).__name__}: {error}")
 
     def _other(self, plain: Plain, known: bool) -> None:
-        if not known or shape(plain) not in shapes or plain.get("format", FORMAT) != FORMAT:
+        if not known or shape(plain) not in forms or plain.get("format", FORMAT) != FORMAT:
             raise ValueError("it is not written as an export writes it")
         if "format" in plain:
             b64decode(plain["root"], validate=True)
@@ -424,43 +417,38 @@ class Check:
         else:
             self._note(plain["checkpoint"])
 
-    def _event(self, line: str, envelope: bytes) -> None:
-        seq = self.size + 1
-        leaf = hashlib.sha256(b"\x00" + envelope).digest()
-        hashed, index = leaf, self.size
-        while index & 1:
-            hashed, index = node(self.peaks.pop(), hashed), index >> 1
-        self.peaks.append(hashed)
-        self.size = seq
+    def _event(self, its: bytes, values: tuple[Any, ...]) -> None:
+        leaf = its if values else hashlib.sha256(b"\x00" + its).digest()
         try:
-            event = json.loads(envelope.decode())
-            tenant = self.header["tenant"] if self.header else event["log_id"]
-            if expected(event, leaf, envelope, tenant) != line.rstrip("\n"):
-                self._find("what stands beside the event does not fit its bytes", seq)
-            for what in (*self._order(event, seq, tenant), *self.conduct.take(event)):
-                self._find(what, seq)
+            event = dict(zip(written, values, strict=True)) if values else exactly(its.decode())[0]
+            if not values and expected(event, leaf, its):
+                self._find("what stands beside the event does not fit its bytes")
+            self.wrong += [(self.size + 1, what) for what in (*self._order(event), *self.conduct.take(event))]
             if event["type"] == "key.rotated":
                 self.keys += successors(event["body"], self.keys)
         except InvalidSignature:
-            self._find("a key that is trusted did not sign who follows it", seq)
+            self._find("a key that is trusted did not sign who follows it")
         except UNREADABLE as error:
-            self._find(f"the event cannot be read: {type(error).__name__}", seq)
+            self._find(f"the event cannot be read: {type(error).__name__}")
+        index, self.size = self.size, self.size + 1
+        while index & 1:
+            leaf, index = node(self.peaks.pop(), leaf), index >> 1
+        self.peaks.append(leaf)
         for _, size, root, note in self.old:
-            if size == seq and self._matches(size, root, "the note given"):
+            if size == self.size and self._matches(size, root, "the note given"):
                 self.witnessed = max(self.witnessed, size)
                 self._vouched(size, note)
 
-    def _order(self, event: Plain, seq: int, tenant: str) -> list[str]:
-        stream, version, last = event["stream"], event["version"], self.versions.get(event["stream"], 0)
-        reasons = (
-            (event["log_id"] != tenant, f"it belongs to log {event['log_id']}"),
-            (event["seq"] != seq, f"it is event {event['seq']}, event {seq} should stand here"),
-            (version != last + 1, f"version {version} of {stream} follows version {last}"),
-            (event["event_id"] in self.ids, "its id stands already"),
-        )
-        self.versions[stream] = version
-        self.ids.add(event["event_id"])
-        return [what for is_so, what in reasons if is_so]
+    def _order(self, event: Plain) -> Iterator[str]:
+        stream, version, name = event["stream"], event["version"], event["event_id"]
+        last, self.versions[stream] = self.versions.get(stream, 0), version
+        if self.header is not None and event["log_id"] != self.header["tenant"]:
+            yield f"it belongs to log {event['log_id']}"
+        if (event["seq"], version) != (self.size + 1, last + 1):
+            yield f"it is event {event['seq']}, and version {version} of {stream} follows version {last}"
+        if name in self.ids:
+            yield "its id stands already"
+        self.ids.add(name)
 
     def _note(self, text: str) -> None:
         origin, size, root = read_note(text)
@@ -499,7 +487,7 @@ class Check:
             self._find(f"the log ends at {self.size} events, its beginning says {header['size']}")
         elif header["root"] != root:
             self._find("the root is not the one its beginning names", self.matched + 1)
-        self.wrong += self.conduct.unordered()
+        self.wrong = sorted((*self.wrong, *self.conduct.unordered()), key=lambda one: one[0])
         if not self.keys:
             self.gaps.append("no key was given, so nobody vouches for the log")
         elif not all(is_signed(note, self.keys) for *_, note in self.old):
@@ -511,13 +499,14 @@ class Check:
         self.gaps += [f"the bytes of intent {d} are missing" for d in sorted(self.conduct.missing)]
 
 
-def expected(event: Plain, leaf: bytes, envelope: bytes, tenant: str) -> str:
+def expected(event: Plain, leaf: bytes, envelope: bytes) -> str:
     """The line that an event's bytes belong in, if they are those in which the ledger writes it."""
-    known = shape(event) in shapes and max(moment(event["recorded_at"]), EPOCH)
-    if not known or known.isoformat() != event["recorded_at"] or plainly(event).encode() != envelope:
+    text = canonical(event) if envelope.isascii() else plainly(event)
+    known = shape(event) in forms and max(moment(event["recorded_at"]), EPOCH)
+    if not known or known.isoformat() != event["recorded_at"] or text.encode() != envelope:
         raise ValueError("it is not written as the ledger writes events")
-    correlation, name, stream = map(quoted, (event["correlation_id"], event["event_id"], event["stream"]))
-    source, kind = quoted(f"countersign/{tenant}"), quoted(f"countersign.{event['type']}")
+    correlation, name, stream = map(sorted_out, (event["correlation_id"], event["event_id"], event["stream"]))
+    source, kind = sorted_out(f"countersign/{event['log_id']}"), sorted_out(f"countersign.{event['type']}")
     return (
         f'{{"correlationid":{correlation},"data_base64":"{b64encode(envelope).decode()}",'
         f'"datacontenttype":"application/json","id":{name},"leafhash":"{leaf.hex()}",'
@@ -526,23 +515,35 @@ def expected(event: Plain, leaf: bytes, envelope: bytes, tenant: str) -> str:
     )
 
 
+def read(part: bytes) -> bytes:
+    """Hash and values of each event that stands in its line as it should; any other line as it is."""
+    items: list[Any] = part.removesuffix(b"\n").decode("utf-8", "surrogateescape").split("\n")
+    for place, line in enumerate(items):
+        try:
+            envelope = b64decode(line.partition(',"data_base64":"')[2].partition('"')[0], validate=True)
+            (event, _), leaf = exactly(envelope.decode()), hashlib.sha256(b"\x00" + envelope).digest()
+            if expected(event, leaf, envelope) == line:
+                items[place] = leaf, (*event.values(),)
+        except UNREADABLE:
+            continue
+    return marshal.dumps(items)
+
+
 def check_export(path: str, keys: list[Key], old: list[str], others: Others = ([], 0)) -> tuple[int, Plain]:
-    """Check a whole export."""
-    check, began = Check(keys, old, others), time.perf_counter()
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        for line in file:
-            check.line(line)
+    """Check a whole export: other processes read ahead what is judged here, in its order."""
+    check, began, ahead = Check(keys, old, others), time.perf_counter(), deque[Future[bytes]]()
+    pools = ProcessPoolExecutor if Path(path).stat().st_size > PART else ThreadPoolExecutor
+    with open(path, "rb") as file, pools(3) as pool:
+        while (part := file.read(PART) + file.readline()) or ahead:
+            ahead += [pool.submit(read, part)] if part else []
+            for item in marshal.loads(ahead.popleft().result()) if len(ahead) > 6 or not part else ():
+                check.take(item)
     check.end()
-    check.wrong.sort(key=lambda one: one[0])
-    return 1 if check.wrong else 2 if check.gaps else 0, {
-        "events": check.size,
-        "root": root_of(check.peaks).hex(),
-        **{name: getattr(check, name) for name in ("signed", "witnessed", "cosigned")},
-        "first_bad_event": check.wrong[0][0] if check.wrong else None,
-        "findings": [f"event {seq}: {what}" for seq, what in check.wrong[:20]],
-        "gaps": check.gaps[:20],
-        "seconds": time.perf_counter() - began,
-    }
+    report: Plain = {"events": check.size, "root": root_of(check.peaks).hex()}
+    report |= {name: getattr(check, name) for name in ("signed", "witnessed", "cosigned")}
+    report |= {"first_bad_event": check.wrong[0][0] if check.wrong else None, "gaps": check.gaps[:20]}
+    report |= {"findings": [f"event {seq}: {what}" for seq, what in check.wrong[:20]]}
+    return 1 if check.wrong else 2 if check.gaps else 0, report | {"seconds": time.perf_counter() - began}
 
 
 def check_proof(path: str, keys: list[Key], others: Others = ([], 0)) -> tuple[int, Plain]:
@@ -550,9 +551,8 @@ def check_proof(path: str, keys: list[Key], others: Others = ([], 0)) -> tuple[i
     proof = json.loads(Path(path).read_text("utf-8"))
     began, note, index = time.perf_counter(), proof["checkpoint_note"], proof["leaf_index"]
     envelope = b64decode(proof["envelope_b64"], validate=True)
-    siblings = [b64decode(one, validate=True) for one in proof["path"]]
-    (_, size, root), event = read_note(note), json.loads(envelope)
-    leaf = hashlib.sha256(b"\x00" + envelope).digest()
+    (_, size, root), siblings = read_note(note), [b64decode(one, validate=True) for one in proof["path"]]
+    event, leaf = json.loads(envelope), hashlib.sha256(b"\x00" + envelope).digest()
     reasons = (
         (size != proof["tree_size"], "the proof is of another size than its checkpoint"),
         (not is_included(leaf, index, size, siblings, root), "the event is not in the tree that was signed"),
@@ -578,8 +578,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--witnesses", type=int, help="how many of them must have cosigned; default: all")
     options = parser.parse_args(argv)
     try:
-        keys = [Key(text) for text in options.key]
-        others = [Key(text, b"\x04") for text in options.witness_key]
+        keys, others = [*map(Key, options.key)], [Key(text, b"\x04") for text in options.witness_key]
         there = len({key.raw for key in others})
         given = others, there if options.witnesses is None else options.witnesses
         if not min(there, 1) <= given[1] <= there:
@@ -589,11 +588,12 @@ def main(argv: list[str]) -> int:
         else:
             notes = [Path(one).read_text("utf-8") for one in options.checkpoint]
             code, report = check_export(options.file, keys, notes, given)
-    except (OSError, *UNREADABLE) as error:
+    except (OSError, RuntimeError, *UNREADABLE) as error:
         code, report = 2, {"gaps": [f"{type(error).__name__}: {error}"]}
     print(json.dumps({"status": ("sound", "tampered", "incomplete")[code]} | report, indent=2))
     return code
 
 
 if __name__ == "__main__":
+    gc.disable()  # nothing here refers to itself, and all that is remembered would be gone through again
     sys.exit(main(sys.argv[1:]))

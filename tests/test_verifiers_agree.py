@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -258,6 +260,9 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
     "no zone": lambda text: text.replace("+00:00", ""),
     "zulu": lambda text: text.replace("+00:00", "Z"),
     "no text": lambda text: text.replace('"trace_id":""', '"trace_id":null'),
+    "another order within": lambda text: text.replace('{"agent":', '{"b":1,"agent":', 1),
+    "a fraction within": lambda text: text.replace('"agent":"external"', '"agent":1.5', 1),
+    "no number within": lambda text: text.replace('"agent":"external"', '"agent":NaN', 1),
     "no name of who": lambda text: text.replace('"actor_ref":"external"', '"actor_ref":5'),
 }
 
@@ -266,6 +271,33 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 def test_an_event_is_written_in_one_way(both: Both, name: str) -> None:
     lines, note = export(_spelled(SPELLINGS[name]), INTENT)
     assert both.say(lines, note)[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("text", ["\x7f\x1f\\u007f", "\u2028\U0001f600", '","data_base64":"', "\r\n\x85"])
+def test_characters_that_others_write_otherwise_change_nothing(both: Both, text: str) -> None:
+    said = event("belief", {"text": text, text: 1}, stream=text, run=text)
+    lines, note = export(placed([*GOOD, said]), INTENT)
+    assert both.say(lines, note) == (0, None, "")
+
+
+@pytest.mark.parametrize("spoilt", [None, 1, 7, 15])
+def test_an_export_read_in_parts_is_judged_in_its_order(tmp_path: Path, spoilt: int | None) -> None:
+    long = [event("belief", {"text": "x" * 700_000}, "long", "long")] * 12
+    lines, note = export(placed([*GOOD[:3], *long, *GOOD[3:]]), INTENT)
+    if spoilt is not None:
+        place = next(n for n, line in enumerate(lines) if f'"sequence":{spoilt},' in line)
+        lines[place] = lines[place].replace('"sequence":', '"sequence": ')
+    file, kept = tmp_path / "export", tmp_path / "note"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    kept.write_text(note)
+    assert file.stat().st_size > 2 * verify_ledger.PART
+    script = [sys.executable, "-I", verify_ledger.__file__, "export", str(file)]
+    ended = subprocess.run(
+        [*script, "--key", str(KEY), "--checkpoint", str(kept)], capture_output=True, text=True, check=False
+    )
+    report = json.loads(ended.stdout)
+    assert (ended.returncode, report["first_bad_event"]) == (int(spoilt is not None), spoilt), report
+    assert (report["events"], report["witnessed"]) == (19, 19)
 
 
 def _undone(kind: EventType, **body: Any) -> list[Plain]:
