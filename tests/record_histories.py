@@ -100,6 +100,16 @@ async def external_refused_then_delegated(shared: Shared) -> Started:
 
 
 @flow
+async def external_crowded(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note())
+    digest = await shared.digest(run)
+    junk = {"digest": "0" * 64, "approver": "eve@example.test"}
+    await asyncio.gather(*(run.handle.signal("approve", junk) for _ in range(60)))
+    await shared.answer(run, Kind.APPROVE, digest)
+    return run
+
+
+@flow
 async def external_drifted(shared: Shared) -> Started:
     name = a_key()
     run = await shared.propose(a_key(), note("drift", target=name))

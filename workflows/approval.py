@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -39,6 +40,20 @@ SAID_ONCE = "said once"
 """Runs from before log a message again whose task was lost."""
 REMINDED_ONCE = "reminded once"
 """Runs from before make up for every reminder that fell due while no worker was there."""
+IN_LINE = "messages in line"
+"""Runs from before log each message of a flood by itself."""
+CROWD, BATCH = 20, 100
+"""With more messages than that under way they stand in line; so many are judged at once."""
+CLOSED = Judged(counted=False, state="closed", field="input", remedy="this run was not admitted")
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A message in line."""
+
+    kind: Kind
+    payloads: Sequence[Any]
+    ruling: Verdict | Refusal | None = None
 
 
 class Approval:
@@ -48,7 +63,11 @@ class Approval:
         """All state is the journal's."""
         self._journal = journal
         self.review = Review(journal)
+        self.is_long = False
+        """So much was sent that the run should go on in a new history."""
         self._closed = False
+        self._taking = 0
+        self._line: list[_Waiting] = []
         self._due: tuple[tuple[str, int], datetime] | None = None
         """The next reminder by business hours, as it was found out."""
 
@@ -58,10 +77,73 @@ class Approval:
 
     async def take(self, kind: Kind, payloads: Sequence[Any]) -> Judged:
         """Judge one message and record it, whatever it was."""
+        self._taking += 1
+        try:
+            if self._taking > CROWD and workflow.patched(IN_LINE):
+                return await self._take_in_line(kind, payloads)
+            return await self._take_alone(kind, payloads)
+        finally:
+            self._taking -= 1
+
+    async def _take_in_line(self, kind: Kind, payloads: Sequence[Any]) -> Judged:
+        """One of a flood: whoever has the stream judges a piece of the line and logs what is refused at once.
+
+        Until then a message costs next to nothing: thousands may come in one task of the run, which Temporal
+        takes away after two seconds.
+        """
+        one = _Waiting(kind, payloads)
+        self._line.append(one)
+        self._journal.keeps_found = True
+        if not (self._journal.is_open or self._closed):
+            await workflow.wait_condition(lambda: self._journal.is_open or self._closed)
+        if self._closed:
+            return CLOSED
+        async with self._journal.writing():
+            while one.ruling is None:
+                await self._serve()
+        return self._reply(one.ruling)
+
+    async def _serve(self) -> None:
+        """Judge the first of the line inside `writing()`: as many refusals as come, or one that counts."""
+        refused = list[tuple[_Waiting, Refusal]]()
+        for one in self._line[:BATCH]:
+            message = read_message(one.kind, one.payloads)
+            identity = ANYBODY if self._is_beside(message) else await self._identity(one.kind, message)
+            ruling = self._rule(one.kind, message, identity)
+            if self._is_said(ruling):
+                one.ruling = ruling
+            elif isinstance(ruling, Refusal):
+                refused.append((one, ruling))
+            elif refused:
+                break  # It is judged again, once those before it are logged.
+            elif await self._record(ruling, message):
+                one.ruling = ruling
+                break
+            else:
+                return
+        if refused and await self._refuse_all([ruling for _, ruling in refused], apart=True):
+            for one, ruling in refused:
+                one.ruling = ruling
+        self._line = [one for one in self._line if one.ruling is None]
+        self.is_long = workflow.info().is_continue_as_new_suggested()
+
+    def _is_beside(self, message: Answer | Refusal) -> bool:
+        """Whether it is refused whoever sent it, so that nobody has to look at a signature."""
+        if isinstance(message, Refusal):
+            return True
+        other = message.digest != self._journal.progress.digest
+        return other and not message.review and not self._journal.found
+
+    async def _refuse_all(self, rulings: Sequence[Refusal], apart: bool = False) -> bool:
+        events = [(EventType.REFUSAL, ruling.model_dump(mode="json")) for ruling in rulings]
+        actors = [("person", one.approver) for one in rulings]
+        return await self._journal.append(*events, actors=actors, apart=apart)
+
+    async def _take_alone(self, kind: Kind, payloads: Sequence[Any]) -> Judged:
         message = read_message(kind, payloads)
         await workflow.wait_condition(lambda: self._journal.is_open or self._closed)
         if self._closed:
-            return Judged(counted=False, state="closed", field="input", remedy="this run was not admitted")
+            return CLOSED
         identity = await self._identity(kind, message)
         async with self._journal.writing():
             while not self._is_said(ruling := self._rule(kind, message, identity)):
@@ -94,7 +176,7 @@ class Approval:
         return None
 
     async def wait(self) -> Standing:
-        """Wait until the open intent is decided, one way or the other."""
+        """Wait until the open intent is decided, or the run is too long to wait in it."""
         journal = self._journal
         intent, digest = journal.intent, journal.progress.digest
         if intent is None or digest is None:
@@ -109,7 +191,7 @@ class Approval:
 
         crier = Crier(journal, digest, lambda: self._stands(intent, digest) is Standing.WAITING, heard)
         try:
-            while (stands := self._stands(intent, digest)) is Standing.WAITING:
+            while (stands := self._stands(intent, digest)) is Standing.WAITING and not self.is_long:
                 crier.keep_up()
                 await self._wait_once(intent, digest)
         except asyncio.CancelledError:
@@ -135,6 +217,7 @@ class Approval:
                 await workflow.wait_condition(
                     lambda: (
                         self._stands(intent, digest) is not Standing.WAITING
+                        or self.is_long
                         or len(self._journal.progress.notices) != settled
                     ),
                     timeout=left,
@@ -232,14 +315,13 @@ class Approval:
         )
 
     async def _record(self, ruling: Verdict | Refusal, message: Answer | Refusal) -> bool:
-        actor = ("person", ruling.approver)
         if isinstance(ruling, Refusal):
-            return await self._journal.append(
-                (EventType.REFUSAL, ruling.model_dump(mode="json")), actor=actor
-            )
+            return await self._refuse_all([ruling])
         comment = message.comment if isinstance(message, Answer) else ""
         return await self._journal.append(
-            (_event(ruling), ruling.model_dump(mode="json")), actor=actor, comment=comment
+            (_event(ruling), ruling.model_dump(mode="json")),
+            actors=[("person", ruling.approver)],
+            comment=comment,
         )
 
     def _reply(self, ruling: Verdict | Refusal) -> Judged:

@@ -7,7 +7,7 @@ lost, a run that was reset or terminated), the whole stream is read again and th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -21,9 +21,11 @@ from models.loop import Intent, Outcome, Proposal, Ref, Request, keyed
 from models.memory import Memo
 from models.orders import Admission, Admitted, Conclusion, Presentation, Presented
 from models.progress import Progress
-from workflows.policies import book
+from workflows.policies import book, book_apart
 
 Event = tuple[EventType, dict[str, Any]]
+Actor = tuple[str, str]
+"""Kind and name."""
 
 
 class Journal:
@@ -42,6 +44,8 @@ class Journal:
         self.shown_at: datetime | None = None
         """When the inbox accepted the open intent."""
         self.is_open = False
+        self.keeps_found = False
+        """Whether what was found stays for those behind: of a crowd not everybody comes again in order."""
         self.found: list[Entry] = []
         """What a lost attempt of this run had logged, until it is said again or something else is logged."""
         self._admitted: Admitted | None = None
@@ -73,10 +77,16 @@ class Journal:
         async with self._lock:
             yield
 
-    async def append(self, *events: Event, actor: tuple[str, str] | None = None, comment: str = "") -> bool:
-        """Append inside `writing()`. False: other events stand there, and the journal has moved to them."""
-        wish = self._append((*self._delivery(), *events), actor, comment)
-        appended: Appended = await book(Ledger.record, wish, f"log {events[-1][0]}")
+    async def append(
+        self, *events: Event, actors: Sequence[Actor] = (), comment: str = "", apart: bool = False
+    ) -> bool:
+        """Append inside `writing()`. False: other events stand there, and the journal has moved to them.
+
+        `actors` did the last of the events, one each; a comment goes with the last. `apart` ends the task.
+        """
+        wish = self._append((*self._delivery(), *events), actors, comment)
+        step = book_apart if apart else book
+        appended: Appended = await step(Ledger.record, wish, f"log {events[-1][0]}")
         return await self._moved(appended.won, appended.entries or self._entries(wish.drafts))
 
     async def propose(self, proposal: Proposal) -> bool:
@@ -110,9 +120,7 @@ class Journal:
 
     async def conclude(self, outcome: Outcome, memos: tuple[Memo, ...]) -> bool:
         """Log the end inside `writing()`; false as for `append`."""
-        wish = self._append(
-            (*self._delivery(), (EventType.OUTCOME, outcome.model_dump(mode="json"))), None, ""
-        )
+        wish = self._append((*self._delivery(), (EventType.OUTCOME, outcome.model_dump(mode="json"))))
         conclusion = Conclusion(append=wish, request=self.request, outcome=outcome, memos=memos)
         appended: Appended = await book(Ledger.conclude, conclusion, f"log outcome {outcome.status}")
         return await self._moved(appended.won, self._entries(wish.drafts))
@@ -129,14 +137,11 @@ class Journal:
             body=body,
         )
 
-    def _append(
-        self, events: Iterable[Event], actor: tuple[str, str] | None = None, comment: str = ""
-    ) -> Append:
+    def _append(self, events: Iterable[Event], actors: Sequence[Actor] = (), comment: str = "") -> Append:
         expected = self.progress.version
         drafts = [self.draft(kind, body, expected + n) for n, (kind, body) in enumerate(events, start=1)]
-        if actor is not None:
-            kind, ref = actor
-            drafts[-1] = drafts[-1].model_copy(update={"actor_kind": kind, "actor_ref": ref})
+        for place, (kind, ref) in enumerate(actors, len(drafts) - len(actors)):
+            drafts[place] = drafts[place].model_copy(update={"actor_kind": kind, "actor_ref": ref})
         return Append(
             tenant=self.request.tenant,
             stream=self.workflow_id,
@@ -160,7 +165,8 @@ class Journal:
     async def _moved(self, won: bool, entries: Iterable[Entry]) -> bool:
         if won:
             self.progress.take(entries)
-            self.found.clear()
+            if not self.keeps_found:
+                self.found.clear()
         else:
             workflow.logger.info("other events stand in the stream; going on from those")
             seen = self.progress.version

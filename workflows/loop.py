@@ -252,6 +252,8 @@ class Loop(Messages):
                 await self._conclude(Carried(Status.REJECTED, f"by {_by(journal)}"))
             case Standing.EXPIRED:
                 await self._conclude(Carried(Status.EXPIRED, "nobody decided in time"))
+            case Standing.WAITING:
+                await self._continue_as_new_if_long()
             case _:
                 pass
 

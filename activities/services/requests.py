@@ -24,6 +24,8 @@ from models.policy import Policy, policy_digest
 from models.tables import Claim, table
 
 CLAIM = table(Claim)
+KEPT_REFUSALS = 2000
+"""As many as one task of a run may log, so that what a lost one had logged is known again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,14 @@ def _admit(connection: Connection, admission: Admission, now: datetime, bar: str
     intent, card = last_intent(connection, request.tenant, entries)
     proposal = _last_proposal(connection, request.tenant, entries)
     requester = entries[0].body.get("requester")
-    return _Start(body, entries, intent, proposal, card, requester=requester)
+    return _Start(body, _needed(entries), intent, proposal, card, requester=requester)
+
+
+def _needed(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """What a run needs of its stream. Of refusals only the last: after a flood they would fill its history."""
+    refused = [entry.version for entry in entries if entry.type is EventType.REFUSAL]
+    since = refused[-KEPT_REFUSALS] if len(refused) > KEPT_REFUSALS else 0
+    return tuple(one for one in entries if one.type is not EventType.REFUSAL or one.version >= since)
 
 
 def _body(connection: Connection, request: Request) -> Ref:

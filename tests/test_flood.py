@@ -1,0 +1,88 @@
+"""Thousands of messages to a waiting run: each is refused with its reason, and the one that counts counts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from temporalio.api.enums.v1 import EventType as Temporal
+
+from models.gate import Kind
+from models.loop import Status
+from models.settings import TemporalSettings
+from temporal.client import Started, answer
+from tests.conftest import Stack, a_key, note, settings_for, stack_of
+
+MANY = 300
+TOO_MANY = 4_300
+"""More than Temporal wants in one history."""
+
+
+@pytest.fixture
+async def stack(temporal: TemporalSettings, tmp_path: Path) -> AsyncIterator[Stack]:
+    """With the time for one task that the product has, since it is what a flood uses up."""
+    patient = temporal.model_copy(update={"task_timeout": timedelta(seconds=10)})
+    async with stack_of(settings_for(patient, tmp_path)) as made:
+        yield made
+
+
+def junk(number: int) -> dict[str, Any]:
+    """By turns of the wrong shape and about another digest."""
+    return {"digest": "0" * 64, "approver": f"eve{number}"} if number % 2 else {"digest": "junk"}
+
+
+async def flood(run: Started, count: int) -> None:
+    few = asyncio.Semaphore(40)
+
+    async def one(number: int) -> None:
+        async with few:
+            await run.handle.signal(Kind.APPROVE.value, junk(number))
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+
+
+async def approve(stack: Stack, run: Started, digest: str) -> None:
+    message = {"digest": digest, "approver": "ann"}
+    judged = await answer(stack.client, run.workflow_id, Kind.APPROVE, message, timedelta(minutes=5))
+    assert (judged.counted, judged.state) == (True, "passed")
+
+
+async def test_a_crowd_is_refused_one_by_one_in_few_steps_and_the_answer_behind_it_counts(
+    stack: Stack,
+) -> None:
+    run = await stack.propose(a_key(), note())
+    digest = await stack.digest(run)
+    await flood(run, MANY)
+    await approve(stack, run, digest)
+    assert (await run.handle.result()).status is Status.EXECUTED
+    events = await stack.events(run)
+    refused = [event for event in events if event.type.value == "refusal"]
+    assert len(refused) == MANY
+    assert all(event.body["remedy"] and event.actor_ref == event.body["approver"] for event in refused)
+    assert {event.actor_ref for event in refused} == {"unknown", *(f"eve{n}" for n in range(1, MANY, 2))}
+    [verdict] = [event for event in events if event.type.value == "verdict"]
+    assert (verdict.actor_ref, verdict.body["approver"]) == ("ann", "ann")
+    history = await run.handle.fetch_history()
+    kinds = Counter(event.event_type for event in history.events)
+    assert kinds[Temporal.EVENT_TYPE_MARKER_RECORDED] < MANY // 3
+
+
+async def test_a_run_that_is_flooded_goes_on_in_a_new_history_with_nothing_lost(stack: Stack) -> None:
+    run = await stack.propose(a_key(), note())
+    digest = await stack.digest(run)
+    first = (await run.handle.describe()).run_id
+    await flood(run, TOO_MANY)
+    await approve(stack, run, digest)
+    handle = stack.client.get_workflow_handle(run.workflow_id)
+    assert (await handle.result())["status"] == "executed"
+    described = await handle.describe()
+    assert described.run_id != first
+    assert described.history_length < 1_000
+    kinds = Counter(await stack.types(run))
+    assert (kinds["refusal"], kinds["intent"], kinds["verdict"], kinds["receipt"]) == (TOO_MANY, 1, 1, 1)
+    assert len(stack.notes()) == 1
