@@ -138,7 +138,7 @@ def _admit(connection: Connection, admission: Admission, now: datetime, bar: str
 
 
 def _needed(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
-    """What a run needs of its stream. Of refusals only the last: after a flood they would fill its history."""
+    """What a run needs of its stream; of refusals the last, since those of a flood would fill its history."""
     refused = [entry.version for entry in entries if entry.type is EventType.REFUSAL]
     since = refused[-KEPT_REFUSALS] if len(refused) > KEPT_REFUSALS else 0
     return tuple(one for one in entries if one.type is not EventType.REFUSAL or one.version >= since)
