@@ -7,6 +7,7 @@ from it, with the digest, the size and the command that shows the rest.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from models.loop import Assurance, Change, Cost, Intent, Limits, Plan
 from models.policy import passes_alone, risk
 
+LINKED = re.compile(r":(?=//)|(?<=\bwww)\.", re.IGNORECASE)
 SHORT_LIMIT = 3_000
 """Characters; the UI sends the text in a URL to be rendered, and proxies refuse long ones."""
 IGNORED = frozenset(
@@ -69,7 +71,12 @@ def fenced(text: str, language: str = "") -> list[str]:
     fence = "````"
     while fence in text:
         fence += "`"
-    return [f"{fence}{language}", *visible(text).rstrip("\n").split("\n"), fence]
+    return [f"{fence}{language}", *defanged(visible(text)).rstrip("\n").split("\n"), fence]
+
+
+def defanged(text: str) -> str:
+    """Addresses as they are still read, but no mail program or terminal makes a link of: `https[:]//`."""
+    return LINKED.sub(lambda found: f"[{found[0]}]", text)
 
 
 def _cut(text: str, room: int) -> str:
@@ -212,7 +219,7 @@ def _time(moment: datetime) -> str:
 
 
 def _inline(text: str) -> str:
-    return visible(text).replace("`", "'").replace("|", "/").replace("\n", " ").replace("<", "‹")
+    return defanged(visible(text)).replace("`", "'").replace("|", "/").replace("\n", " ").replace("<", "‹")
 
 
 def _shown(character: str) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from models.canonical import digest_of
-from models.card import SHORT_LIMIT, answer_json, fenced, full_card, short_card, visible
+from models.card import SHORT_LIMIT, answer_json, defanged, fenced, full_card, short_card, visible
 from models.loop import Assurance, Cost, Intent, Plan
 from tests.intents import an_intent, ref
 
@@ -117,7 +117,24 @@ def test_a_fence_holds_whatever_is_in_it(text: str) -> None:
     assert first == last and set(first) == {"`"} and first not in text
     [(kind, content)] = blocks("\n".join(fenced(text)))
     assert kind == "fence"
-    assert content.rstrip("\n") == visible(text).rstrip("\n")
+    assert content.rstrip("\n") == defanged(visible(text)).rstrip("\n")
+
+
+ADDRESSES = (
+    "https://evil.test/a?b",
+    "HTTP://evil.test",
+    "WWW.evil.test",
+    "ftp://x",
+    "x-app://open",
+    "(http://e)",
+)
+
+
+@given(st.lists(st.sampled_from((*ADDRESSES, " ", "\n", "a", "+", "http:", "//", "www", "."))).map("".join))
+def test_no_address_in_a_fence_is_one_that_a_mail_program_makes_a_link_of(text: str) -> None:
+    shown = "\n".join(fenced(text))
+    assert not re.search(r"[a-z0-9+.-]://|\bwww\.", shown, re.IGNORECASE)
+    assert shown.replace("[:]", ":").replace("[.]", ".").split("\n")[1:-1] == text.rstrip("\n").split("\n")
 
 
 @pytest.mark.parametrize("code", [0x034F, 0x115F, 0x2800, 0x3164, 0xFE0F, 0xFFA0, 0xE0100])
@@ -131,7 +148,7 @@ def test_nobody_puts_a_link_where_the_card_says_what_it_costs(link: str) -> None
     proposal = plain.proposal.model_copy(update={"estimated": Cost(amount="1", currency=link)})
     intent = plain.model_copy(update={"proposal": proposal})
     html = MarkdownIt("commonmark").enable("table").render(full_card(intent, {ref("diff 0").digest: ""}))
-    assert f"1 <code>{link.replace(chr(96), chr(39))}</code>" in html
+    assert f"1 <code>{defanged(link).replace(chr(96), chr(39))}</code>" in html
     assert "<a " not in html and "<img" not in html
 
 
