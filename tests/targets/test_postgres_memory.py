@@ -26,6 +26,7 @@ pytestmark = pytest.mark.real
 SCRIPT = Path(__file__).parents[2] / "scripts" / "targets" / "postgres.sh"
 FIXTURES = {"place", "database", "stand"}
 OWN_DATABASE = {
+    "test_an_erasure_that_was_stopped_after_all_was_gone_is_ended_by_trying_again",
     "test_another_process_writing_and_forgetting_is_seen_by_the_next_search",
     "test_nothing_of_an_erased_subject_is_left_in_any_store_or_file",
     "test_the_command_line_searches_counts_tells_and_forgets",
