@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from temporalio.api.enums.v1 import EventType as Temporal
 
+from activities.services.requests import KEPT_REFUSALS, _needed
 from models.gate import Kind
+from models.ledger import Entry, EventType
 from models.loop import Status
 from models.settings import TemporalSettings
 from temporal.client import Started, answer
@@ -86,3 +88,18 @@ async def test_a_run_that_is_flooded_goes_on_in_a_new_history_with_nothing_lost(
     kinds = Counter(await stack.types(run))
     assert (kinds["refusal"], kinds["intent"], kinds["verdict"], kinds["receipt"]) == (TOO_MANY, 1, 1, 1)
     assert len(stack.notes()) == 1
+
+
+def test_a_run_that_is_taken_up_again_is_given_of_refusals_only_the_last() -> None:
+    kinds = [
+        EventType.REQUEST,
+        *[EventType.REFUSAL] * (KEPT_REFUSALS + 3),
+        EventType.VERDICT,
+        EventType.REFUSAL,
+    ]
+    entries = tuple(
+        Entry(version=number, type=kind, body={}, recorded_at=datetime(2026, 5, 1, tzinfo=UTC))
+        for number, kind in enumerate(kinds, 1)
+    )
+    kept = [entry.version for entry in _needed(entries)]
+    assert kept == [1, *range(6, len(kinds) + 1)]
