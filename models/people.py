@@ -72,7 +72,7 @@ def _all_differ(people: tuple[Person, ...]) -> tuple[Person, ...]:
     names: dict[str, str] = {}
     keys: dict[bytes, str] = {}
     for person in people:
-        if (name := _folded(person.name)) in names:
+        if (name := folded(person.name)) in names:
             raise ValueError(f"{names[name]} and {person.name} are one name; name each person once")
         names[name] = person.name
         for blob in filter(None, (key.blob for key in person.keys)):
@@ -82,7 +82,8 @@ def _all_differ(people: tuple[Person, ...]) -> tuple[Person, ...]:
     return people
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
+    """What all spellings of a name have in common."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 

@@ -6,6 +6,7 @@
 
 KEY is what `countersign ledger key` prints, from where you trust it; repeat it for each key that signed.
 NOTE is a file with a checkpoint kept outside; --witness-key KEY wants one that a co-signer cosigned.
+--signers FILE holds what people signed against their keys, in OpenSSH's form of allowed signers.
 Exit 0: sound. 1: tampered, with the first bad event. 2: not to be told, something is missing.
 """
 
@@ -14,13 +15,15 @@ import gc
 import hashlib
 import json
 import marshal
+import re
 import sys
 import time
+import unicodedata
 from base64 import b64decode, b64encode
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import reduce
@@ -28,13 +31,19 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, SECP256R1, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256
 
 Plain = dict[str, Any]
 Run = dict[str, set[Any]]  # digests and action keys, by what they have in common
 Verdicts = list[tuple[Plain, str]]
 Others = tuple[list["Key"], int]  # co-signers, and how many of them are needed
+Signers = dict[str, dict[bytes, Plain]]  # by a person's name and the key itself, what stands beside it
+Doubt = tuple[str, list[str]]  # what is wrong with a signed answer, else what cannot be told of it
 FORMAT, POLICY, PART = "countersign-ledger/1", "gate_policy", 4 << 20  # bytes of an export, read at once
+SHOWN = ("signed", "witnessed", "cosigned", "signatures", "unchecked")
 EFFECTS, LEVELS = ("apply", "compensation", "receipt"), ("claimed", "principal", "signed")
 CLASSES = ("read_only", "reversible", "correctable", "irreversible")
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -45,6 +54,23 @@ plainly = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 canonical = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, sort_keys=True).encode
 exactly = json.JSONDecoder(parse_float=Decimal, parse_constant=Decimal).raw_decode  # no fraction has one form
 sorted_out = json.JSONEncoder(separators=(",", ":"), sort_keys=True).encode
+
+# What people sign: SSH signatures of a statement, by an ordinary key or by one that a FIDO device keeps.
+NAMESPACE, LARGEST, LONGEST = "countersign-verdict-v1", 1 << 20, 4_000  # bytes of a file, of a signature
+BEGIN, END = "-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----"
+HASHES = {b"sha256": hashlib.sha256, b"sha512": hashlib.sha512}
+KINDS = {b"ssh-ed25519": 1, b"sk-ssh-ed25519@openssh.com": 2, b"sk-ecdsa-sha2-nistp256@openssh.com": 3}
+WORDS, SKEW = ("no-touch-required", "verify-required", "revoked"), timedelta(minutes=5)
+PERSON, NAME, HEX = r"[^\s\x00-\x1f]{1,200}", r"[a-z][a-z0-9_.\-]{0,62}", "[0-9a-f]{64}"
+TIME = r".{19}(\.[0-9]{6})?(Z|[+-][0-9]{2}:[0-9]{2})"
+KIND, NONCE = "approve|reject|revise|delegate", "[0-9a-f]{16,64}"
+SAID = {"digest": HEX, "approver": PERSON, "role": NAME, "to": PERSON, "comment_sha256": HEX, "nonce": NONCE}
+DATES = {"issued_at": TIME, "expires_at": TIME}
+LINE = re.compile(
+    r'([^ \t]+)[ \t]+(?:((?:[^ \t"]|"[^"]*")+)[ \t]+)??([a-z0-9@.-]+)[ \t]+([A-Za-z0-9+/=]{40,})([ \t].*)?'
+)
+OPTION = re.compile(r'(namespaces|valid-after|valid-before)="([^"]+)"(?:,(?=.)|$)', re.IGNORECASE)
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
 
 
 def shape(plain: Plain) -> tuple[Any, ...]:
@@ -145,6 +171,194 @@ def cosigners(note: str, keys: list[Key]) -> tuple[int, list[str]]:
     text, lines = note.partition("\n\n")[0], note.partition("\n\n")[2].split("\n")
     said = [(key, key.signed(f"{text}\n", one)) for key in keys for one in lines if key.claims(one)]
     return len({key.raw for key, good in said if good}), [key.name for key, good in said if not good]
+
+
+def strings(data: bytes, many: int) -> tuple[list[bytes], bytes]:
+    """So many strings as SSH writes them, and what follows."""
+    found = list[bytes]()
+    for _ in range(many):
+        size = 4 + int.from_bytes(data[:4])
+        if len(data) < size:
+            raise ValueError("it ends too early")
+        found.append(data[4:size])
+        data = data[size:]
+    return found, data
+
+
+def parts_of(key: bytes) -> tuple[bytes, bytes, list[bytes]]:
+    """Kind and point of an SSH key, and of a security key what it signs for."""
+    (kind,), data = strings(key, 1)
+    many = KINDS.get(kind, 0)
+    parts, rest = strings(data, many)
+    if rest or not many or (many == 3 and parts.pop(0) != b"nistp256"):
+        raise ValueError("it is no Ed25519 key, nor one of a security key")
+    return kind, parts[0], parts[1:]
+
+
+def positive(number: bytes) -> int:
+    """A number in the one form in which SSH writes it."""
+    value = int.from_bytes(number, signed=True)
+    if value < 0 or number != value.to_bytes((value.bit_length() + 8) // 8 if value else 0):
+        raise ValueError("a number is not written as SSH writes it")
+    return value
+
+
+def signed_by(armoured: str, message: bytes) -> tuple[bytes, bytes]:
+    """The key whose signature of a message this is, and what its device says: flags and a counter."""
+    text = armoured.strip()
+    if len(text) > LONGEST or not text.startswith(BEGIN) or not text.endswith(END):
+        raise ValueError("it is no SSH signature")
+    blob = b64decode("".join(text[len(BEGIN) : -len(END)].split()), validate=True)
+    (key, space, _, algorithm, made), rest = strings(blob[10:], 5)
+    if blob[:10] != b"SSHSIG\0\0\0\1" or rest or space != NAMESPACE.encode():
+        raise ValueError("it was made for another purpose")
+    (kind, point, application), ((its, value), device) = parts_of(key), strings(made, 2)
+    if its != kind or len(device) != 5 * len(application):
+        raise ValueError("it is of another kind than its key")
+    parts = (space, b"", algorithm, HASHES[algorithm](message).digest())
+    data = b"SSHSIG" + b"".join(len(part).to_bytes(4) + part for part in parts)
+    if application:  # A device sees hashes: of what it signs for, and of the data.
+        data = hashlib.sha256(application[0]).digest() + device + hashlib.sha256(data).digest()
+    if KINDS[kind] == 3:
+        numbers, rest = strings(value, 2)
+        if rest:
+            raise ValueError("something follows the signature")
+        public = EllipticCurvePublicKey.from_encoded_point(SECP256R1(), point)
+        public.verify(encode_dss_signature(*map(positive, numbers)), data, ECDSA(SHA256()))
+    else:
+        Ed25519PublicKey.from_public_bytes(point).verify(value, data)
+    return key, device
+
+
+def read_signers(path: str) -> Signers:
+    """Who may sign by which keys, as in ssh-keygen(1), ALLOWED SIGNERS; what is not understood is refused."""
+    found, keys, spelled = Signers(), set[bytes](), dict[str, str]()
+    with open(path, "rb") as file:
+        data = file.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"signers: give a file of at most {LARGEST} bytes")
+    for number, line in enumerate(data.decode().split("\n"), start=1):
+        try:
+            names, key, beside = read_signer(line.strip(" \t\r"))
+            if key in keys or any(spelled.setdefault(folded(one), one) != one for one in names):
+                raise ValueError("its key, or a name in another spelling, stands there already")
+        except UNREADABLE as error:
+            raise ValueError(f"signers, line {number}: {line[:80]!r}: {error}") from None
+        keys |= {key} if names else set()
+        for name in names:
+            found.setdefault(name, {})[key] = beside
+    return found
+
+
+def folded(name: str) -> str:
+    """What all spellings of a name have in common."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def read_signer(line: str) -> tuple[list[str], bytes, Plain]:
+    """Names, key and what stands beside it in a line; no names if it is for another purpose."""
+    if not line or line[0] == "#":
+        return [], b"", {}
+    parts, given = LINE.fullmatch(line), dict[str, str]()
+    if parts is None or UNPRINTABLE.search(line):
+        raise ValueError("write NAMES OPTIONS KEYTYPE KEY COMMENT")
+    names, options, kind, text, comment = parts.groups("")
+    while options:
+        option = OPTION.match(options)
+        if option is None or option[1].lower() in given:
+            raise ValueError("namespaces, valid-after and valid-before, each once and in quotes, count here")
+        given[option[1].lower()], options = option[2], options[option.end() :]
+    if NAMESPACE not in exact(given.get("namespaces", NAMESPACE)):
+        return [], b"", {}
+    after, before = (dated(given.get(name)) for name in ("valid-after", "valid-before"))
+    words, key = ours(comment), b64decode(text, validate=True)
+    if (after and before and after >= before) or parts_of(key)[0] != kind.encode():
+        raise ValueError("it ends before it begins, or is a key of another kind")
+    if KINDS[kind.encode()] == 1 and {"no-touch-required", "verify-required"} & words.keys():
+        raise ValueError("only a security key can be touched")
+    people = exact(names)
+    if len(set(people)) != len(people) or not all(re.fullmatch(PERSON, one) for one in people):
+        raise ValueError("write each name once, as verdicts do")
+    return people, key, words | {"after": after, "before": before}
+
+
+def exact(text: str) -> list[str]:
+    """Names with commas between them."""
+    if re.search(r'[*?!"]', text):
+        raise ValueError("no patterns and no quotes; write every name as it is")
+    return text.split(",")
+
+
+def dated(text: str | None) -> datetime | None:
+    """A moment; where OpenSSH would take this machine's zone, UTC, so that every machine says the same."""
+    if text is None:
+        return None
+    if not re.fullmatch("[0-9]{8}([0-9]{4}([0-9]{2})?)?Z?", text):
+        raise ValueError("write YYYYMMDD, YYYYMMDDHHMM or YYYYMMDDHHMMSS, with a Z behind it")
+    digits = text.removesuffix("Z").ljust(14, "0")
+    return moment(f"{digits[:8]}T{digits[8:]}Z")
+
+
+def ours(comment: str) -> Plain:
+    """Our words in a comment; what only looks like one of them would be missed in silence."""
+    said: Plain = {}
+    for word in comment.split():
+        name, is_given, value = word.partition("=")
+        if name.casefold().replace("_", "-") in (*WORDS, *("role", "roles") * bool(is_given)):
+            roles = value.split(",") if value else []
+            known = name == "roles" if is_given else name in WORDS
+            if not known or name in said or not all(re.fullmatch(NAME, role) for role in roles):
+                raise ValueError(f"write roles=NAME,NAME, {', '.join(WORDS)}, each once")
+            said[name] = roles
+    return said
+
+
+def statement(event: Plain) -> bytes:
+    """The bytes that a signed answer must have been made over."""
+    body, flags = event["body"], ("break_glass", "review")
+    said: Plain = {"schema_version": 1, "tenant": event["log_id"], "decision": body["kind"]}
+    said |= {name: body.get(name) for name in (*SAID, *DATES)}
+    said |= {"until": body["until"]} if body.get("until") is not None else {}
+    said |= {name: body[name] for name in flags if body.get(name, False) is not False}
+    for name, form in (SAID | DATES | {"tenant": NAME, "decision": KIND, "until": TIME}).items():
+        if said.get(name) is None and name in ("role", "to", "until"):
+            continue
+        text = said[name]
+        is_plain = form != TIME or moment(text).isoformat().replace("+00:00", "Z") == text
+        if not (is_plain and re.fullmatch(form, text)):
+            raise ValueError(f"{name} is not written as verdicts are")
+    return canonical(said).encode()
+
+
+def doubted(event: Plain, signers: Signers) -> Doubt:
+    """What is wrong with an answer that calls itself signed, or what of it cannot be told."""
+    body, now, gaps = event["body"], moment(event["recorded_at"]), list[str]()
+    try:
+        key, device = signed_by(body["signature"], statement(event))
+        line, (issued, expires) = signers[body["approver"]][key], (moment(body[name]) for name in DATES)
+        name = f"SHA256:{b64encode(hashlib.sha256(key).digest()).decode().rstrip('=')}"
+        flags, hardware, role = device[0] if device else 0, body.get("hardware", False), body.get("role")
+    except (InvalidSignature, *UNREADABLE) as error:
+        return f"it is signed by no key of who is said to have answered: {type(error).__name__}: {error}", []
+    reasons = (
+        (name != body.get("key"), "it is signed by another key than the one recorded"),
+        (hardware is not False and (hardware is not True or not device), "no security key signed it"),
+        (device and not flags & 1 and "no-touch-required" not in line, "nobody touched the security key"),
+        ("verify-required" in line and not flags & 4, "the security key asked for no PIN"),
+        (line["after"] and now < line["after"], "its key was not valid yet"),
+        (line["before"] and now >= line["before"], "its key was not valid any more"),
+        (role is not None and role not in line.get("roles", [role]), "who signed it has no such role"),
+        (issued - now > SKEW, "it came before it was made"),
+        (expires - issued > timedelta(days=1), "it was to count for more than a day"),
+    )
+    gaps += ["it came after it had ended"] * (now >= expires)
+    gaps += ["its key was revoked, since when is not said (see valid-before)"] * ("revoked" in line)
+    return next((why for is_so, why in reasons if is_so), ""), gaps
+
+
+def is_attested(event: Plain) -> bool:
+    """Whether it is an answer that calls itself signed."""
+    return event["type"] in ("verdict", "review") and event["body"].get("assurance") == "signed"
 
 
 def alone(intent: Plain) -> bool:
@@ -371,7 +585,11 @@ class Conduct:
 class Check:
     """One pass over an export."""
 
-    def __init__(self, keys: list[Key], old: list[str], others: Others = ([], 0)) -> None:
+    def __init__(
+        self, keys: list[Key], old: list[str], others: Others = ([], 0), signers: Signers | None = None
+    ) -> None:
+        self.signers, self.signatures, self.unchecked, self.latest = signers, 0, 0, EPOCH
+        self.nonces, self.hands = set[tuple[str, str, str]](), dict[tuple[str, str], str]()
         self.keys, self.old = list(keys), [(*read_note(note), note) for note in old]
         self.others, self.needed = others
         self.wrong, self.gaps, self.peaks = list[tuple[int, str]](), list[str](), list[bytes]()
@@ -417,13 +635,14 @@ class Check:
         else:
             self._note(plain["checkpoint"])
 
-    def _event(self, its: bytes, values: tuple[Any, ...]) -> None:
+    def _event(self, its: bytes, values: tuple[Any, ...], doubt: Doubt | None = None) -> None:
         leaf = its if values else hashlib.sha256(b"\x00" + its).digest()
         try:
             event = dict(zip(written, values, strict=True)) if values else exactly(its.decode())[0]
             if not values and expected(event, leaf, its):
                 self._find("what stands beside the event does not fit its bytes")
-            self.wrong += [(self.size + 1, what) for what in (*self._order(event), *self.conduct.take(event))]
+            found = (*self._order(event), *self._attested(event, doubt), *self.conduct.take(event))
+            self.wrong += [(self.size + 1, what) for what in found]
             if event["type"] == "key.rotated":
                 self.keys += successors(event["body"], self.keys)
         except InvalidSignature:
@@ -449,6 +668,28 @@ class Check:
         if name in self.ids:
             yield "its id stands already"
         self.ids.add(name)
+
+    def _attested(self, event: Plain, doubt: Doubt | None) -> Iterator[str]:
+        """Whether an answer that calls itself signed was; a nonce counts once, and a key for one name."""
+        if self.signers is None:
+            self.unchecked += is_attested(event)
+            return
+        before, now, body = self.latest, moment(event["recorded_at"]), event["body"]
+        self.latest = max(before, now)
+        if not is_attested(event):
+            return
+        why, gaps = doubt or doubted(event, self.signers)
+        self.signatures += 1
+        if why:
+            yield why
+            return
+        once, hand = (event["type"], body["digest"], body["nonce"]), (body["digest"], body["key"])
+        if once in self.nonces or self.hands.setdefault(hand, body["approver"]) != body["approver"]:
+            yield "this very answer counted before, or its key answered under another name"
+            return
+        self.nonces.add(once)
+        gaps += ["events before it were recorded later than it"] * (before - now > SKEW)
+        self.gaps += [f"event {self.size + 1}: {one}; whether it counted cannot be told" for one in gaps]
 
     def _note(self, text: str) -> None:
         origin, size, root = read_note(text)
@@ -515,32 +756,35 @@ def expected(event: Plain, leaf: bytes, envelope: bytes) -> str:
     )
 
 
-def read(part: bytes) -> bytes:
-    """Hash and values of each event that stands in its line as it should; any other line as it is."""
+def read(part: bytes, signers: Signers | None = None) -> bytes:
+    """Hash, values and doubts of each event that stands in its line as it should; any other line as it is."""
     items: list[Any] = part.removesuffix(b"\n").decode("utf-8", "surrogateescape").split("\n")
     for place, line in enumerate(items):
         try:
             envelope = b64decode(line.partition(',"data_base64":"')[2].partition('"')[0], validate=True)
             (event, _), leaf = exactly(envelope.decode()), hashlib.sha256(b"\x00" + envelope).digest()
             if expected(event, leaf, envelope) == line:
-                items[place] = leaf, (*event.values(),)
+                doubt = doubted(event, signers) if signers is not None and is_attested(event) else None
+                items[place] = leaf, (*event.values(),), doubt
         except UNREADABLE:
             continue
     return marshal.dumps(items)
 
 
-def check_export(path: str, keys: list[Key], old: list[str], others: Others = ([], 0)) -> tuple[int, Plain]:
+def check_export(
+    path: str, keys: list[Key], old: list[str], others: Others = ([], 0), signers: Signers | None = None
+) -> tuple[int, Plain]:
     """Check a whole export: other processes read ahead what is judged here, in its order."""
-    check, began, ahead = Check(keys, old, others), time.perf_counter(), deque[Future[bytes]]()
+    check, began, ahead = Check(keys, old, others, signers), time.perf_counter(), deque[Future[bytes]]()
     pools = ProcessPoolExecutor if Path(path).stat().st_size > PART else ThreadPoolExecutor
     with open(path, "rb") as file, pools(3) as pool:
         while (part := file.read(PART) + file.readline()) or ahead:
-            ahead += [pool.submit(read, part)] if part else []
+            ahead += [pool.submit(read, part, signers)] if part else []
             for item in marshal.loads(ahead.popleft().result()) if len(ahead) > 6 or not part else ():
                 check.take(item)
     check.end()
     report: Plain = {"events": check.size, "root": root_of(check.peaks).hex()}
-    report |= {name: getattr(check, name) for name in ("signed", "witnessed", "cosigned")}
+    report |= {name: getattr(check, name) for name in SHOWN}
     report |= {"first_bad_event": check.wrong[0][0] if check.wrong else None, "gaps": check.gaps[:20]}
     report |= {"findings": [f"event {seq}: {what}" for seq, what in check.wrong[:20]]}
     return 1 if check.wrong else 2 if check.gaps else 0, report | {"seconds": time.perf_counter() - began}
@@ -576,6 +820,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", action="append", default=[], help="a file with a note kept outside")
     parser.add_argument("--witness-key", action="append", default=[], help="a co-signer, NAME+HASH+BASE64")
     parser.add_argument("--witnesses", type=int, help="how many of them must have cosigned; default: all")
+    parser.add_argument("--signers", help="a file of allowed signers; of an export only")
     options = parser.parse_args(argv)
     try:
         keys, others = [*map(Key, options.key)], [Key(text, b"\x04") for text in options.witness_key]
@@ -583,11 +828,14 @@ def main(argv: list[str]) -> int:
         given = others, there if options.witnesses is None else options.witnesses
         if not min(there, 1) <= given[1] <= there:
             raise ValueError(f"--witnesses {given[1]}: {there} keys are given")
+        if options.what == "proof" and options.signers is not None:
+            raise ValueError("--signers: give it with an export")
         if options.what == "proof":
             code, report = check_proof(options.file, keys, given)
         else:
             notes = [Path(one).read_text("utf-8") for one in options.checkpoint]
-            code, report = check_export(options.file, keys, notes, given)
+            signers = None if options.signers is None else read_signers(options.signers)
+            code, report = check_export(options.file, keys, notes, given, signers)
     except (OSError, RuntimeError, *UNREADABLE) as error:
         code, report = 2, {"gaps": [f"{type(error).__name__}: {error}"]}
     print(json.dumps({"status": ("sound", "tampered", "incomplete")[code]} | report, indent=2))

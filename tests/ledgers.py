@@ -89,9 +89,11 @@ def record(link: Connection, run: str, digest: str, steps: Sequence[Step], now: 
     """Append a run's events; effects go to its act stream."""
     for place, (kind, body) in enumerate(steps):
         at_target = kind in (EventType.APPLY, EventType.RECEIPT, EventType.ABSENT, EventType.IN_DOUBT)
-        if at_target or body.get("key"):
+        # A verdict's key is a person's.
+        at_target = at_target or bool(body.get("key") and kind is not EventType.VERDICT)
+        if at_target:
             body = {"key": action_key(digest, 0), "digest": digest, "action": 0} | body
-        stream = act_stream(run) if at_target or body.get("key") else run
+        stream = act_stream(run) if at_target else run
         draft = Draft(
             event_id=derived_id(run, place),
             stream=stream,

@@ -30,6 +30,7 @@ from scripts.commands.answer import signed
 from scripts.commands.start import begin
 from scripts.exits import Exit
 from temporal.client import Started, submit
+from tests.audits import audited
 from tests.conftest import Stack, a_key, note, settings_for, stack_of
 from tests.intents import DAY, START, a_stream, a_verdict, an_intent
 from tests.test_cli import command
@@ -301,7 +302,7 @@ async def room(temporal: TemporalSettings, tmp_path_factory: pytest.TempPathFact
 
 
 @in_the_room
-async def test_the_command_goes_ahead_alone_and_others_review_it(room: Room) -> None:
+async def test_the_command_goes_ahead_alone_and_others_review_it(room: Room, tmp_path: Path) -> None:
     run, digest = await room.start()
     here = ("--digest", digest, "--as", "ann", "--role", "break_glass", "--break-glass")
     words = ("approve", run.workflow_id, *here, "--sign", str(room.keys["ann"]))
@@ -335,6 +336,8 @@ async def test_the_command_goes_ahead_alone_and_others_review_it(room: Room) -> 
     after = await command(room.stack, "show", run.workflow_id)
     assert "review   approve by bob (signed)" in after.stdout
     assert "--review" not in after.stdout
+    report = await audited(room.stack, tmp_path)
+    assert (report["findings"], report["signatures"] >= 2) == ([], True)
 
 
 async def for_review(room: Room) -> list[str]:

@@ -30,6 +30,7 @@ from models.settings import Settings, TemporalSettings
 from models.visibility import Role
 from scripts import verify_ledger
 from scripts.commands.answer import signed
+from tests.audits import audited
 from tests.conftest import Stack, a_key, note, settings_for, stack_of
 from tests.devices import ECDSA, ED25519, Device, agent, armoured, string
 from tests.intents import START, a_verdict, an_intent
@@ -336,7 +337,7 @@ async def stack(
 @keygen
 @pytest.mark.parametrize("by_signal", [False, True], ids=["update", "signal"])
 async def test_only_the_device_gets_an_effect_past_a_gate_that_wants_it(
-    stack: Stack, device: Device, soft: Path, by_signal: bool
+    stack: Stack, device: Device, soft: Path, by_signal: bool, tmp_path: Path
 ) -> None:
     run = await stack.propose(a_key(), note())
     digest = await stack.digest(run)
@@ -357,6 +358,8 @@ async def test_only_the_device_gets_an_effect_past_a_gate_that_wants_it(
     [verdict] = [e.body for e in await stack.events(run) if e.type is EventType.VERDICT]
     assert (verdict["assurance"], verdict["hardware"]) == ("signed", True)
     assert verdict["key"] == fingerprint(device.line)
+    report = await audited(stack, tmp_path)
+    assert (report["status"], report["signatures"]) == ("sound", 1)
 
 
 @keygen

@@ -16,8 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from activities.services import merkle
 from activities.services.key_life import handed_over
 from activities.services.notes import NoteKey, Tree, checkpoint_text, sign
+from activities.services.signers import read_signers
 from activities.services.verifier import Verifier
 from models.canonical import canonical, derived_id, sha256
+from models.errors import InvalidInput
 from models.ledger import EventType, act_stream, policy_stream
 from models.loop import (
     Action,
@@ -149,20 +151,31 @@ class Both:
         self._folder, self._capsys = folder, capsys
 
     def say(
-        self, lines: Iterable[str], note: str | None = None, key: NoteKey = KEY
+        self, lines: Iterable[str], note: str | None = None, key: NoteKey = KEY, signers: bytes | None = None
     ) -> tuple[int, int | None, str]:
         """Exit code, first bad event, and what ours found first or lacks first."""
         file, kept = self._folder / "export", self._folder / "note"
         file.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass"))
         kept.write_text(note or "")
-        report = Verifier([key], [note] if note else []).check(_read(file))
-        report.model_dump_json()
-        code = verify_ledger.main(
-            ["export", str(file), "--key", str(key), *(["--checkpoint", str(kept)] if note else [])]
-        )
-        first = report.findings[0].seq if report.findings else None
+        allowed = self._folder / "signers"
+        allowed.write_bytes(signers or b"")
+        given = ["--checkpoint", str(kept)] if note else []
+        given += ["--signers", str(allowed)] if signers is not None else []
+        code = verify_ledger.main(["export", str(file), "--key", str(key), *given])
         said = json.loads(self._capsys.readouterr().out)
-        assert (code, said["first_bad_event"]) == (report.exit_code, first), (said, report)
+        try:
+            known = read_signers(signers) if signers is not None else None
+        except InvalidInput as error:
+            assert (code, list(said)) == (2, ["status", "gaps"]), (said, error)
+            return code, None, error.message
+        report = Verifier([key], [note] if note else [], signers=known).check(_read(file))
+        report.model_dump_json()
+        first = report.findings[0].seq if report.findings else None
+        assert (code, said.get("first_bad_event")) == (report.exit_code, first), (said, report)
+        for name in ("signatures", "unchecked"):
+            assert said[name] == getattr(report, name), (name, said, report)
+        gaps = [[gap[:9] for gap in gaps if gap.startswith("event")] for gaps in (said["gaps"], report.gaps)]
+        assert gaps[0] == gaps[1], (said, report)
         return code, first, report.findings[0].what if report.findings else "".join(report.gaps[:1])
 
 

@@ -111,7 +111,7 @@ def test_the_verifier_imports_nothing_of_ours_and_is_short() -> None:
         )
     }
     assert names - set(sys.stdlib_module_names) == {"cryptography"}
-    assert len(source.splitlines()) < 600
+    assert len(source.splitlines()) < 850
 
 
 def test_the_verifier_runs_alone(log: Log, tmp_path: Path) -> None:

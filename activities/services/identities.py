@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from enum import StrEnum
 
 from pydantic import ValidationError
 
@@ -12,11 +13,27 @@ from models.canonical import sha256
 from models.gate import ANYBODY, Answer, Identity, Kind, Verdict
 from models.loop import Assurance
 from models.orders import Identification
-from models.people import People, Person, Statement
+from models.people import Key, People, Person, Statement
 
 LONGEST = timedelta(days=1)
 """How long a signed answer may be meant to count before it reaches us."""
 SKEW = timedelta(minutes=5)
+"""How far a clock may be off."""
+
+
+class Untimely(StrEnum):
+    """What is wrong with when a signed answer came."""
+
+    EARLY = "came before it was made"
+    LATE = "came after it had ended"
+    LONG = "was to count for more than a day"
+
+
+REMEDIES = {
+    Untimely.EARLY: "the answer is not valid now; sign again",
+    Untimely.LATE: "the answer is not valid now; sign again",
+    Untimely.LONG: f"let it count for at most {LONGEST}; sign again",
+}
 
 
 class Identities:
@@ -53,15 +70,7 @@ class Identities:
             return f"{verdict.approver} has the role {verdict.role} no more"
         if verdict.assurance is not Assurance.SIGNED:
             return None
-        statement = _of_verdict(tenant, verdict)
-        if statement is None or verdict.signature is None:
-            return f"what {verdict.approver} signed cannot be put together"
-        key, reason = check(verdict.signature, statement.bytes(), person, self._clock())
-        if key is not None and fingerprint(key.public) != verdict.key:
-            return f"the signature of {verdict.approver} is by another key than the one recorded"
-        if key is not None and verdict.hardware and not on_device(key):
-            return f"the signature of {verdict.approver} is not by a security key, as was recorded"
-        return None if key is not None else f"the signature of {verdict.approver}: {reason}"
+        return signed_by(tenant, verdict, person, self._clock())[1] or None
 
     def _signed(self, tenant: str, kind: Kind, answer: Answer, person: Person) -> Identity:
         statement = statement_of(tenant, kind, answer)
@@ -69,15 +78,44 @@ class Identities:
             remedy = "a signed answer needs nonce, issued_at and expires_at; use countersign approve --sign"
             return Identity(field="signature", remedy=remedy)
         now = self._clock()
-        if not statement.issued_at <= now + SKEW or now >= statement.expires_at:
-            return Identity(field="expires_at", remedy="the answer is not valid now; sign again")
-        if statement.expires_at - statement.issued_at > LONGEST:
-            return Identity(field="expires_at", remedy=f"let it count for at most {LONGEST}; sign again")
+        if (fault := untimely(statement.issued_at, statement.expires_at, now)) is not None:
+            return Identity(field="expires_at", remedy=REMEDIES[fault])
         key, reason = check(answer.signature or "", statement.bytes(), person, now)
         if key is None:
             return Identity(field="signature", remedy=reason)
         by = fingerprint(key.public)
         return Identity(assurance=Assurance.SIGNED, roles=person.roles, key=by, hardware=on_device(key))
+
+
+def untimely(issued_at: datetime, expires_at: datetime, now: datetime) -> Untimely | None:
+    """What is wrong with when an answer came; `None` if nothing."""
+    if issued_at - now > SKEW:
+        return Untimely.EARLY
+    if expires_at - issued_at > LONGEST:
+        return Untimely.LONG
+    return Untimely.LATE if now >= expires_at else None
+
+
+def signed_by(tenant: str, verdict: Verdict, person: Person, now: datetime) -> tuple[Key | None, str]:
+    """The key by which this person signed a recorded verdict, or why none of theirs did.
+
+    Args:
+        tenant: whose log the verdict stands in.
+        verdict: as it was recorded.
+        person: whose keys count.
+        now: keys have dates.
+    """
+    statement = _of_verdict(tenant, verdict)
+    if statement is None or verdict.signature is None:
+        return None, f"what {verdict.approver} signed cannot be put together"
+    key, reason = check(verdict.signature, statement.bytes(), person, now)
+    if key is None:
+        return None, f"the signature of {verdict.approver}: {reason}"
+    if fingerprint(key.public) != verdict.key:
+        return None, f"the signature of {verdict.approver} is by another key than the one recorded"
+    if verdict.hardware and not on_device(key):
+        return None, f"the signature of {verdict.approver} is not by a security key, as was recorded"
+    return key, ""
 
 
 def statement_of(tenant: str, kind: Kind, answer: Answer) -> Statement | None:

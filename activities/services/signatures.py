@@ -63,12 +63,17 @@ def fingerprint(public: str) -> str:
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def on_device(key: Key) -> bool:
-    """Whether a key is a security key, by its own bytes and not by what its line calls it."""
+def kind_of(key: Key) -> str:
+    """What kind a key is, by its own bytes and not by what its line calls it; empty if they are no key."""
     try:
-        return _public(key.blob).kind in (SK_ED25519, SK_ECDSA)
+        return _public(key.blob).kind.decode()
     except Unreadable:
-        return False
+        return ""
+
+
+def on_device(key: Key) -> bool:
+    """Whether a key is a security key."""
+    return kind_of(key) in SECURITY_KEYS
 
 
 def check(armoured: str, message: bytes, person: Person, now: datetime) -> tuple[Key | None, str]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection, func, select
 
 from activities.services import merkle
+from activities.services.attested import Attested
 from activities.services.checkpoints import CHECKPOINT
 from activities.services.conduct import Conduct
 from activities.services.cosignatures import WitnessKey, cosigners, forged
@@ -34,6 +35,7 @@ from activities.services.ledger_export import (
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, is_signed, read_checkpoint
 from activities.services.row_types import misfits
+from activities.services.signers import Signers
 from models.canonical import sha256
 from models.errors import InvalidInput
 from models.ledger import Event, EventType
@@ -65,6 +67,10 @@ class Report(Frozen):
     """Events covered by a note that was given from outside the log."""
     cosigned: int = 0
     """Events covered by a checkpoint that enough of the co-signers given have cosigned."""
+    signatures: int = 0
+    """Answers that call themselves signed, and were held against the signers given."""
+    unchecked: int = 0
+    """Answers that call themselves signed and stand as they are written, since no signers were given."""
     findings: tuple[Finding, ...] = ()
     gaps: tuple[str, ...] = ()
     """What could not be checked, and why."""
@@ -84,6 +90,7 @@ class Verifier:
         old: Sequence[str] = (),
         witnesses: Sequence[WitnessKey] = (),
         needed: int | None = None,
+        signers: Signers | None = None,
     ) -> None:
         """Take what is trusted.
 
@@ -92,6 +99,7 @@ class Verifier:
             old: notes kept outside, which the log must continue.
             witnesses: whose cosignatures count.
             needed: how many of them a checkpoint needs; `None` is all.
+            signers: whose answers count as signed, and by which keys; `None` looks at no signature.
         """
         self._keys = tuple(keys)
         self._old = [(read_checkpoint(note), note) for note in old]
@@ -108,6 +116,7 @@ class Verifier:
         self._ids = set[str]()
         self._conduct = Conduct()
         self._erased = Erased()
+        self._attested = Attested(signers)
 
     def check(self, items: Iterable[Item], more: Iterable[Finding] = ()) -> Report:
         """Check all items, and take in what was found elsewhere."""
@@ -119,6 +128,7 @@ class Verifier:
         self._end()
         for digest in sorted(self._conduct.missing):
             self._gaps[f"the bytes of intent {digest} are missing, so its gate was not checked"] = None
+        self._gaps |= dict.fromkeys(self._attested.gaps)
         self._findings.extend(more)
         self._findings.sort(key=lambda one: one.seq)
         return Report(
@@ -128,6 +138,8 @@ class Verifier:
             signed=self._signed,
             witnessed=self._witnessed,
             cosigned=self._cosigned,
+            signatures=self._attested.checked,
+            unchecked=self._attested.unchecked,
             findings=tuple(self._findings[:MANY]),
             gaps=tuple(self._gaps),
         )
@@ -217,7 +229,8 @@ class Verifier:
 
     def _judged(self, event: Event) -> list[str]:
         try:
-            return [*self._conduct.take(event), *self._erased.take(event), *self._handed_over(event)]
+            followed = (self._attested, self._conduct, self._erased)
+            return [*(what for one in followed for what in one.take(event)), *self._handed_over(event)]
         except UNREADABLE as error:
             return [f"it, or what it rests on, cannot be read: {type(error).__name__}"]
 
@@ -303,9 +316,10 @@ def check_database(
     old: Sequence[str],
     witnesses: Sequence[WitnessKey] = (),
     needed: int | None = None,
+    signers: Signers | None = None,
 ) -> Report:
     """Check a log where it lives, with everything that stands beside its events."""
-    verifier = Verifier(keys, old, witnesses, needed)
+    verifier = Verifier(keys, old, witnesses, needed, signers)
     if found := [Finding(seq=0, what=what) for what in misfits(link, tenant)]:
         return verifier.check((), found)
     return verifier.check(of_database(link, tenant, origin), check_rows(link, tenant))

@@ -13,6 +13,7 @@ from sqlalchemy import Connection
 
 from activities.services.key_life import log_rotation, people_changes
 from activities.services.signatures import fingerprint, unusable
+from activities.services.signers import signers_lines
 from activities.services.tenants import tenants_of
 from models.card import visible
 from models.errors import InvalidInput, Unavailable
@@ -22,16 +23,29 @@ from models.settings import Settings
 from scripts.commands.session import Json, console, opened, said, utc_now
 from workers import config
 
+HEADER = (
+    "# Who may answer, for `countersign ledger verify --signers`; `ssh-keygen -Y verify -f` reads it too.",
+    "# Whoever checks keeps it, and the lines of those who have left, with valid-before.",
+)
+
 
 def people(
     record: Annotated[
         bool, typer.Option("--record", help="Log which keys were added, changed, revoked or removed since.")
     ] = False,
     as_: Annotated[str | None, typer.Option("--as", help="Who changed them, for --record.")] = None,
+    signers: Annotated[
+        bool, typer.Option("--signers", help="Print their keys as OpenSSH's allowed signers, for auditors.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List who may answer: their roles, and their keys with what is wrong with them."""
     settings = config.load()
+    if signers:
+        if record or as_:
+            raise InvalidInput.field("--signers", "--record", "it only prints; give one of them")
+        _allowed(settings, as_json)
+        return
     if record:
         _recorded(settings, as_, as_json)
         return
@@ -49,6 +63,17 @@ def people(
         keys = [_shown(key) for key in one["keys"]]
         table.add_row(visible(one["person"]), ", ".join(one["roles"]) or "none", "\n".join(keys) or "none")
     console().print(table)
+
+
+def _allowed(settings: Settings, as_json: bool) -> None:
+    """As of now: the auditor keeps the lines of those who have left."""
+    written = list(signers_lines(sorted(settings.people, key=lambda one: one.name)))
+    if as_json:
+        found = [(one.name, fingerprint(key.public), line) for one, key, line in written]
+        said([{"person": name, "fingerprint": key, "line": line} for name, key, line in found])
+        return
+    # No table and no colours: what is printed is the file.
+    typer.echo("\n".join((*HEADER, *(line for _, _, line in written))))
 
 
 def _recorded(settings: Settings, as_: str | None, as_json: bool) -> None:

@@ -28,6 +28,7 @@ from activities.services.key_life import handed_over, log_rotation, predecessors
 from activities.services.ledger_export import Item, of_database, of_lines, to_lines
 from activities.services.ledger_formats import to_ocsf, to_prov
 from activities.services.notes import NoteKey, read_checkpoint
+from activities.services.signers import LARGEST, Signers, read_signers
 from activities.services.verifier import Report, Verifier, check_database
 from activities.services.witnesses import witnesses
 from models.errors import InvalidInput
@@ -69,6 +70,10 @@ Needed = Annotated[
     int | None,
     typer.Option("--witnesses", min=1, help="How many of them must have cosigned; default: all."),
 ]
+AllowedSigners = Annotated[
+    Path | None,
+    typer.Option(help="Whose keys may have signed answers, as `people --signers` prints them."),
+]
 
 
 def verify(
@@ -77,6 +82,7 @@ def verify(
     key: Keys = None,
     witness_key: WitnessKeys = None,
     witnesses: Needed = None,
+    signers: AllowedSigners = None,
     as_json: Json = False,
 ) -> None:
     """Check every hash, root, signature and gate. Exit 0 sound, 1 tampered, 2 something is missing."""
@@ -86,10 +92,11 @@ def verify(
     others = [WitnessKey.parse(one) for one in witness_key or ()]
     if witnesses is not None and not others and (export is not None or not settings.ledger.cosigners):
         raise InvalidInput.field("--witnesses", witnesses, "give their keys with --witness-key")
+    allowed = _signers(signers) if signers is not None else None
     if export is not None:
-        report = Verifier(keys, old, others, witnesses).check(_read(export))
+        report = Verifier(keys, old, others, witnesses, allowed).check(_read(export))
     else:
-        report = asyncio.run(_verify(settings, keys, old, others, witnesses))
+        report = asyncio.run(_verify(settings, keys, old, others, witnesses, allowed))
     if as_json:
         said(report.model_dump(mode="json"))
     else:
@@ -163,7 +170,12 @@ async def _rotate(settings: Settings, who: str) -> tuple[NoteKey, NoteKey]:
 
 
 async def _verify(
-    settings: Settings, keys: list[NoteKey], old: list[str], others: list[WitnessKey], needed: int | None
+    settings: Settings,
+    keys: list[NoteKey],
+    old: list[str],
+    others: list[WitnessKey],
+    needed: int | None,
+    signers: Signers | None,
 ) -> Report:
     ledger = settings.ledger
     if not others:
@@ -177,7 +189,7 @@ async def _verify(
         old = old or list(await signer.newest_witnessed(session.tenant))
         tenant, origin = session.tenant, _key(settings).name
         return await session.database.read(
-            lambda link: check_database(link, tenant, origin, keys, old, others, needed)
+            lambda link: check_database(link, tenant, origin, keys, old, others, needed, signers)
         )
 
 
@@ -246,6 +258,10 @@ def _told(report: Report, settings: Settings) -> Iterator[str]:
     if later := report.size - max(report.signed, report.witnessed):
         every = settings.ledger.checkpoint_seconds
         yield f"{later} later events are not covered yet; a checkpoint is written every {every} s"
+    if report.signatures:
+        yield f"{report.signatures} answers that call themselves signed were held against the signers given"
+    if report.unchecked:
+        yield f"{report.unchecked} answers call themselves signed; --signers FILE looks at their signatures"
     yield from (f"event {one.seq}: {one.what}" for one in report.findings[:SHOWN])
     yield from (f"not checked: {gap}" for gap in report.gaps[:SHOWN])
 
@@ -253,6 +269,14 @@ def _told(report: Report, settings: Settings) -> Iterator[str]:
 def _read(path: Path) -> Iterator[Item]:
     with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         yield from of_lines(file)
+
+
+def _signers(path: Path) -> Signers:
+    try:
+        with path.open("rb") as file:
+            return read_signers(file.read(LARGEST + 1))
+    except OSError:
+        raise InvalidInput.field("--signers", str(path), "name a file that can be read") from None
 
 
 def _text(path: Path) -> str:
