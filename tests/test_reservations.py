@@ -8,7 +8,6 @@ import pytest
 
 from activities.services.database import Database
 from activities.services.ledger_store import entries_in
-from activities.services.migrations import migrate
 from activities.services.reservations import (
     Claimant,
     Held,
@@ -23,6 +22,7 @@ from activities.services.reservations import (
 from models.ledger import EventType, act_stream
 from models.loop import Guarantee, Receipt
 from tests.conftest import a_key
+from tests.databases import migrated
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ATTEMPT, SETTLE = timedelta(seconds=30), timedelta(seconds=10)
@@ -33,8 +33,7 @@ TICK = timedelta(microseconds=1)
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     path: Path = tmp_path_factory.mktemp("reservations")
-    migrate(f"sqlite:///{path / 'countersign.db'}")
-    made = Database(f"sqlite:///{path / 'countersign.db'}")
+    made = Database(migrated(f"sqlite:///{path / 'countersign.db'}"))
     yield made
     made.close()
 
@@ -116,12 +115,23 @@ def test_a_silent_attempt_at_a_target_that_cannot_be_asked_is_in_doubt_and_never
 @pytest.mark.parametrize("state", [Held.CLOSED, Held.DRIFTED])
 def test_a_closed_key_stays_closed_and_cannot_be_confirmed(database: Database, state: Held) -> None:
     who = claimant(Guarantee.KEYED)
-    take(database, who)
-    assert database.submit(lambda link: close(link, who, NOW, state, "why")).result()
+    hold = take(database, who)
+    assert database.submit(lambda link: close(link, who, NOW, state, "why", hold)).result()
     assert take(database, who, SETTLED + TICK).turn.value == state.value
     with pytest.raises(LookupError, match="closed before"):
         database.submit(lambda link: confirm(link, who, receipt(who), NOW)).result()
     assert logged(database, who) == ["apply", "absent"]
+
+
+def test_a_key_cannot_be_closed_by_who_saw_it_before_somebody_else_took_it(database: Database) -> None:
+    who = claimant(Guarantee.KEYED)
+    assert database.read_now(lambda link: look(link, who, NOW)) is None
+    first = take(database, who)
+    assert not database.submit(lambda link: close(link, who, NOW, Held.CLOSED, "why")).result()
+    second = take(database, who)
+    assert not database.submit(lambda link: close(link, who, NOW, Held.CLOSED, "why", first)).result()
+    assert database.submit(lambda link: close(link, who, NOW, Held.CLOSED, "why", second)).result()
+    assert logged(database, who) == ["apply", "apply", "absent"]
 
 
 def test_a_confirmed_key_cannot_be_closed(database: Database) -> None:

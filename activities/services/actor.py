@@ -154,18 +154,11 @@ class Actor:
         job = await self._database.write(lambda link: self._look(link, order))
         if isinstance(job, Effect):
             return job
-        hold = job.hold
-        if hold is not None and hold.turn in (Turn.WAIT, Turn.ASK):
-            found = await job.connector.find(job.who.key, job.work)
-            if found is not None:
-                return await self._confirmed(job, found)
-            if hold.turn is Turn.WAIT:
-                raise _too_early(hold.until, self._clock())
-            hold = None
-        if hold is not None:
-            return await self._truth(job, hold)
-        if not await self._close(job, Held.CLOSED, "no attempt was made, or none arrived"):
-            raise ConnectorUnavailable(f"action {job.who.key} was in other hands; asking again")
+        if job.hold is not None and job.hold.turn not in (Turn.WAIT, Turn.ASK):
+            return await self._truth(job, job.hold)
+        if job.hold is not None and (found := await self._found(job)) is not None:
+            return await self._confirmed(job, found)
+        await self._close_alone(job, Held.CLOSED, "no attempt was made, or none arrived")
         return Effect(what=Effected.ABSENT)
 
     async def undo(self, order: EffectOrder) -> Effect:
@@ -348,10 +341,16 @@ class Actor:
         return _ended(replace(job, hold=hold)) or Effect(what=Effected.IN_DOUBT)
 
     async def _close(self, job: _Job, state: Held, reason: str) -> bool:
-        return await self._database.write(lambda link: close(link, job.who, self._clock(), state, reason))
+        return await self._database.write(
+            lambda link: close(link, job.who, self._clock(), state, reason, job.hold)
+        )
+
+    async def _close_alone(self, job: _Job, state: Held, reason: str) -> None:
+        if not await self._close(job, state, reason):
+            raise ConnectorUnavailable(f"action {job.who.key} is in other hands by now; asking again")
 
     async def _drifted(self, job: _Job, reason: str, rethink: bool = False) -> Effect:
-        await self._close(job, Held.DRIFTED, f"drift: {reason[:200]}")
+        await self._close_alone(job, Held.DRIFTED, f"drift: {reason[:200]}")
         return Effect(what=Effected.DRIFTED, reason=reason[:300], rethink=rethink)
 
 

@@ -87,8 +87,10 @@ def reserve(link: Connection, who: Claimant, now: datetime) -> Hold:
     if row.state != Held.RESERVED:
         return _ended(row)
     if who.guarantee is Guarantee.BLIND:
-        close(link, who, now, Held.DOUBT, "an attempt ended without an answer and the target cannot be asked")
-        return Hold(Turn.DOUBT, row.epoch, from_micros(row.deadline), from_micros(row.settles))
+        seen = Hold(Turn.DOUBT, row.epoch, from_micros(row.deadline), from_micros(row.settles))
+        why = "an attempt ended without an answer and the target cannot be asked"
+        close(link, who, now, Held.DOUBT, why, seen)
+        return seen
     if who.guarantee is Guarantee.ASKED and to_micros(now) <= row.settles:
         return Hold(Turn.WAIT, row.epoch, from_micros(row.deadline), from_micros(row.settles))
     return _take(link, who, now, epoch=row.epoch + 1, turn=Turn.ASK)
@@ -128,12 +130,19 @@ def confirm(link: Connection, who: Claimant, receipt: Receipt, now: datetime) ->
     return receipt
 
 
-def close(link: Connection, who: Claimant, now: datetime, state: Held, reason: str) -> bool:
-    """End a key without an effect (or without knowing); false if it was confirmed meanwhile."""
+def close(
+    link: Connection, who: Claimant, now: datetime, state: Held, reason: str, seen: Hold | None = None
+) -> bool:
+    """End a key without an effect (or without knowing); false if it is not as it was `seen` any more.
+
+    An attempt that took it over since may be sending: whoever looked before that knows nothing of it.
+    """
     row = _row(link, who)
     if row is None:
         _insert(link, who, now, epoch=0, state=state)
     elif row.state == Held.RESERVED:
+        if row.epoch != (seen.epoch if seen is not None else 0):
+            return False
         link.execute(update(EFFECT).where(_is(who)).values(state=state))
     else:
         return row.state == state
