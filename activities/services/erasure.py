@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import takewhile
 from pathlib import Path
 from sqlite3 import OperationalError
 from typing import Any, Protocol
@@ -122,12 +123,12 @@ class Erasure:
         if not subject:
             raise UnknownName("subject: give the subject that is to be forgotten")
         found = {one: await one.write(lambda link: _find(link, tenant, subject)) for one in self._places()}
-        left_open = await self._database.read(lambda link: _left_open(link, tenant, subject))
-        if not left_open and not any(one.ids or one.beliefs or one.digests for one in found.values()):
+        ordered = await self._database.read(lambda link: _ordered(link, tenant, subject))
+        if ordered is None and not any(one.ids or one.beliefs or one.digests for one in found.values()):
             raise UnknownName(
                 f"subject: nothing is known about {subject!r}; `countersign memory stats` counts"
             )
-        texts = sorted({digest for one in found.values() for digest in one.digests})
+        texts = sorted({digest for one in found.values() for digest in one.digests}.union(ordered or ()))
         named = await self._database.read(lambda link: _in_ledger(link, tenant, texts))
         order = await self._order(tenant, subject, by, [one.key for one in found.values()], named)
         removed, left, shared = Counter[str](), Counter[str](), 0
@@ -261,10 +262,14 @@ class Erasure:
             raw.close()
 
 
-def _left_open(connection: Connection, tenant: str, subject: str) -> bool:
-    """Whether an order stands without its receipt: all that went may be gone already, but for the proof."""
+def _ordered(connection: Connection, tenant: str, subject: str) -> set[str] | None:
+    """What orders without a receipt name; `None` if there is none.
+
+    All that went may be gone already, but for the proof and for papers, which are known by what they speak of.
+    """
     entries = entries_in(connection, tenant, f"erasure/{subject_id(tenant, subject)}")
-    return bool(entries) and entries[-1].type is EventType.ERASURE_ORDER
+    open_ = list(takewhile(lambda one: one.type is EventType.ERASURE_ORDER, reversed(entries)))
+    return {str(name) for one in open_ for name in one.body.get("payloads", ())} if open_ else None
 
 
 def _find(connection: Connection, tenant: str, subject: str) -> _Found:
