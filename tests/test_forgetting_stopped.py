@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,10 +104,8 @@ async def stopped_and_ended(folder: Path, sealed: bool, last: int) -> bool:
         stopped = True
     else:
         stopped = False
-    try:
+    with suppress(UnknownName):  # Where it had been ended, nothing is known any more.
         await attempt(Steps(10_000))
-    except UnknownName:
-        pass  # It had been ended, and says that nothing is known any more.
     place.short.drop(TENANT, ANN)
     assert {name: hits(MARK, data) for name, data in place.files().items() if hits(MARK, data)} == {}
     await place.checkpoints.write(TENANT)
