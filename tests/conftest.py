@@ -22,7 +22,6 @@ from temporalio.client import Client
 from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
-from activities.services.migrations import migrate
 from activities.services.residence import stores
 from models.gate import Judged, Kind
 from models.ledger import Event
@@ -35,6 +34,7 @@ from scripts.supervisor import LEASH
 from temporal import dev_server
 from temporal.client import Started, answer, connect, submit
 from temporal.converter import codec_of
+from tests.databases import migrated
 from workers.compose import Parts, role, utc_now
 from workers.logs import FORMAT, Discreet
 
@@ -59,6 +59,18 @@ def log() -> Iterator[io.StringIO]:
     yield text
     root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return migrated(f"sqlite:///{tmp_path / 'countersign.db'}")
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Database]:
+    opened = Database(url)
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")
@@ -166,9 +178,9 @@ async def stack_of(
     telemetry: Telemetry | None = None,
 ) -> AsyncGenerator[Stack]:
     """All roles in this process, on one database."""
-    migrate(settings.database_url)
+    migrated(settings.database_url)
     if settings.region_url is not None:
-        migrate(settings.region_url)
+        migrated(settings.region_url)
     client = await connect(settings.temporal, codec_of(settings.sealing, settings.data), telemetry)
     if telemetry is not None:
         parts = replace(parts or Parts(), meter=telemetry.meter, tracer=telemetry.tracer)

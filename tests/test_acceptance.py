@@ -12,7 +12,6 @@ import pytest
 from activities.services.acceptance import accepted_by_use
 from activities.services.content import ContentStore
 from activities.services.database import Database
-from activities.services.migrations import migrate
 from activities.services.probe import probe
 from activities.services.router import Answerer
 from activities.services.till import Till
@@ -21,6 +20,7 @@ from activities.tiers.wire import ChatEndpoint, http_client
 from models.errors import IdentityChanged
 from models.inference import Answered, Call, attempt_of
 from models.settings import TierSettings
+from tests.databases import migrated
 from tests.test_faults import JUDGE, Faulty, good
 
 
@@ -50,8 +50,7 @@ class Restarts:
 
 @pytest.fixture
 async def restarts(tmp_path: Path) -> AsyncIterator[Restarts]:
-    url = f"sqlite:///{tmp_path / 'calls.db'}"
-    migrate(url)
+    url = migrated(f"sqlite:///{tmp_path / 'calls.db'}")
     async with Faulty(good) as server:
         yield Restarts(url, server)
 

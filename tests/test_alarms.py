@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from activities.services.alarms import Alarm, Alarms
 from activities.services.checkpoints import Checkpoints
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
-from activities.services.migrations import migrate
 from activities.services.notices import Message, Terminal
 from activities.services.scrubbing import Scrub
 from activities.services.watching import keep_watch, watch
@@ -53,15 +51,6 @@ class Heard:
             raise Unavailable("away")
         self.said.append(notice)
         return Told(at=now, reference="")
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    migrate(url)
-    opened = Database(url)
-    yield opened
-    opened.close()
 
 
 def checkpoints(database: Database, folder: Path) -> Checkpoints:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 from sqlalchemy import select, update
 from temporalio.client import WorkflowFailureError
 
-from activities.services.beliefs import HEAD, SNAPSHOT, TRIES, Beliefs, belief_stream
+from activities.services.beliefs import SNAPSHOT, TRIES, Beliefs, belief_stream
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore, entries_in
 from models.beliefs import (
@@ -44,14 +43,6 @@ NOTHING = Belief(tenant="default", agent="pricing", subject="sku-1")
 
 def change(event: str, removes: tuple[str, ...] = (), subject: str = "sku-1", **sets) -> Change:
     return Change(tenant="default", agent="pricing", subject=subject, event=event, sets=sets, removes=removes)
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = Database(f"sqlite:///{tmp_path / 'beliefs.db'}")
-    HEAD.metadata.create_all(opened.engine)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -216,11 +207,8 @@ asyncio.run(main())
 """
 
 
-async def test_sixteen_deciders_on_one_subject_lose_nothing_though_some_are_killed(
-    beliefs, database, tmp_path
-):
+async def test_sixteen_deciders_on_one_subject_lose_nothing_though_some_are_killed(beliefs, database, url):
     """Four processes with four deciders each; one is killed and started again, which repeats its events."""
-    url = f"sqlite:///{tmp_path / 'beliefs.db'}"
 
     def start(name: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-c", DECIDER, url, name, "5"]

@@ -6,8 +6,6 @@ from pydantic import ValidationError
 from sqlalchemy import select
 
 from activities.services.budget import LEASE, RESERVATION, Books, Hold, Spent, State
-from activities.services.database import Database
-from activities.services.migrations import migrate
 from models.budget import Account, Budget, accounts_of, amount_of, lacking, micros
 from models.errors import BudgetExceeded
 from models.settings import Settings
@@ -28,15 +26,6 @@ class Clock:
 @pytest.fixture
 def clock():
     return Clock()
-
-
-@pytest.fixture
-def database(tmp_path):
-    url = f"sqlite:///{tmp_path / 'budget.db'}"
-    migrate(url)
-    made = Database(url)
-    yield made
-    made.close()
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from sqlalchemy import select
 from activities.services.cache import CACHE, FRESH, Cache, Scope, key_of, put_in, sweep_in
 from activities.services.database import Database
 from activities.services.leases import Leases
-from activities.services.migrations import migrate
 from activities.services.tidying import keep_tidy
 from models.errors import DeadlineMissed
 from models.inference import Answered, DataClass, Message, Prompt
 from models.loop import Ref
+from tests.databases import migrated
 from tests.test_cli import offline, run
 
 NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
@@ -32,15 +32,6 @@ class Clock:
 @pytest.fixture
 def clock():
     return Clock()
-
-
-@pytest.fixture
-def database(tmp_path):
-    url = f"sqlite:///{tmp_path / 'cache.db'}"
-    migrate(url)
-    made = Database(url)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -104,7 +95,7 @@ async def test_a_retraction_in_one_process_is_heard_in_another_within_a_second(c
 
 async def test_a_command_takes_the_answers_to_a_task_back(tmp_path):
     settings = offline(tmp_path)
-    migrate(settings.database_url)
+    migrated(settings.database_url)
     database = Database(settings.database_url)
     try:
         for task, prompt in (("draft", PROMPT), ("title", PROMPT.model_copy(update={"max_tokens": 7}))):

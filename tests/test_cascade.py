@@ -19,7 +19,6 @@ from activities.services.calibration import Calibrations, judged_of, newest
 from activities.services.content import ContentStore, get_blob
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore
-from activities.services.migrations import migrate
 from activities.services.probe import Probes
 from activities.services.router import Answerer
 from activities.services.routes import Measurements, Routes, wish_of
@@ -66,6 +65,7 @@ from scripts.commands.tiers import show_silent
 from temporal.client import submit
 from temporal.schedules import Schedules
 from tests.conftest import ROLES, a_key, settings_for, stack_of
+from tests.databases import migrated
 from tests.test_agents_content import BRIEF, copywriter
 from workers.compose import Parts
 from workers.registry import scheduled
@@ -508,15 +508,6 @@ def test_runs_are_judged_apart_and_only_the_newest_answers_count():
     assert newest(many) == many[50:]
 
 
-@pytest.fixture
-def database(tmp_path):
-    url = f"sqlite:///{tmp_path / 'cascade.db'}"
-    migrate(url)
-    made = Database(url)
-    yield made
-    made.close()
-
-
 def a_task(name="draft"):
     def build(inputs, params):
         return Prompt(messages=(Message(role="user", content=f"x{params.get('n', '')}"),), max_tokens=50)
@@ -731,8 +722,7 @@ async def test_verdicts_become_a_calibration_on_record_that_the_next_route_goes_
 def test_the_command_fits_and_says_what_a_confidence_is_worth(tmp_path):
     folder = tmp_path / "var"
     folder.mkdir()
-    url = f"sqlite:///{folder / 'countersign.db'}"
-    migrate(url)
+    url = migrated(f"sqlite:///{folder / 'countersign.db'}")
     env = {"COUNTERSIGN_DATA": str(folder), "COUNTERSIGN_TENANT": "acme"}
     nothing = CliRunner().invoke(app, ["tiers", "calibrate"], env=env)
     assert (nothing.exit_code, "set wrong_costs" in nothing.output) == (0, True)

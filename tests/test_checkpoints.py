@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import stat
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from activities.services.actor import Actor
 from activities.services.alarms import Alarms
 from activities.services.checkpoints import CHECKPOINT, Checkpoints, load_key
 from activities.services.database import Database
-from activities.services.migrations import migrate
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.scrubbing import Scrub
 from activities.services.watching import keep_watch
@@ -33,15 +31,6 @@ TREE = Tree("countersign/default", 7, bytes(32))
 
 def clock() -> datetime:
     return datetime(2026, 5, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    migrate(url)
-    opened = Database(url)
-    yield opened
-    opened.close()
 
 
 def signer(database: Database, *kept_by: FileWitness | GitWitness) -> Checkpoints:

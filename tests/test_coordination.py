@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from temporalio.client import WorkflowExecutionStatus
 
 from activities.services.beliefs import Beliefs, belief_stream
 from activities.services.database import Database
-from activities.services.leases import LEASE, Leases, check_in, seize_in
+from activities.services.leases import Leases, check_in, seize_in
 from activities.services.ledger_store import entries_in
 from models.beliefs import Delivery, Mail, Ownership, Owning, owner_id
 from models.errors import LedgerConflict
@@ -20,14 +18,6 @@ from temporal.beliefs import settle, tell
 from tests.conftest import Stack, a_key
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = Database(f"sqlite:///{tmp_path / 'leases.db'}")
-    LEASE.metadata.create_all(opened.engine)
-    yield opened
-    opened.close()
 
 
 def price(event: str, value: str, **more) -> Mail:

@@ -21,7 +21,6 @@ from activities.services.erasure import Erasure
 from activities.services.keeping import take
 from activities.services.ledger_export import of_database, of_lines, to_lines
 from activities.services.ledger_store import add_in
-from activities.services.migrations import migrate
 from activities.services.regions import Home, bind
 from activities.services.vault import KEY, Keys
 from activities.services.verifier import Report, Verifier, check_database
@@ -30,6 +29,7 @@ from models.ledger import Draft, EventType
 from models.loop import Ref
 from models.memory import Cause, Kept, Memo
 from scripts import verify_ledger
+from tests.databases import migrated
 from tests.ledgers import NOW, TENANT, fill
 
 ORIGIN = f"countersign/{TENANT}"
@@ -40,8 +40,7 @@ class Place:
     """A signed log of a run that rests on a text about Ann, and of two others."""
 
     def __init__(self, folder: Path, sealed: bool) -> None:
-        url = f"sqlite:///{folder / 'ledger.db'}"
-        migrate(url)
+        url = migrated(f"sqlite:///{folder / 'ledger.db'}")
         self.folder, self.sealed = folder, sealed
         self.database = guard(Database(url), Keys("k1", {"k1": b"k" * 32}) if sealed else None)
         self.checkpoints = Checkpoints(self.database, load_key(folder), "countersign")
@@ -230,7 +229,7 @@ async def test_a_key_is_destroyed_on_an_order_and_not_before(tmp_path: Path, mic
 async def test_a_region_s_process_erases_what_the_region_holds(tmp_path: Path) -> None:
     urls = [f"sqlite:///{tmp_path / name}.db" for name in ("centre", "eu")]
     for url in urls:
-        migrate(url)
+        migrated(url)
     home = guard(Database(urls[1]), Keys("eu1", {"eu1": b"e" * 32}))
     centre = bind(Database(urls[0]), Home("eu", home))
 

@@ -21,7 +21,6 @@ from activities.services.erasure import Erasure
 from activities.services.keeping import take
 from activities.services.ledger_store import LedgerStore
 from activities.services.memory_store import MemoryStore
-from activities.services.migrations import migrate
 from activities.services.short_term import Key, ShortTerm
 from activities.services.vault import Keys
 from activities.services.vectors import ExactVectors
@@ -31,6 +30,7 @@ from models.ledger import Draft, EventType
 from models.memory import Cause, Kept, Memo, Recall, Search
 from models.settings import Settings
 from scripts.cli import app
+from tests.databases import migrated
 from workers import config
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
@@ -67,7 +67,7 @@ class Place:
     def __init__(self, folder: Path, url: str = "") -> None:
         self.folder = folder
         url = url or Settings(data=folder).database_url
-        migrate(url)
+        migrated(url)
         self.database = Database(url)
         self.content = ContentStore(self.database)
         vectors = ExactVectors(self.database, 8)

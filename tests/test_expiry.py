@@ -26,7 +26,6 @@ from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.intents import Intents
 from activities.services.ledger_store import LedgerStore
-from activities.services.migrations import migrate
 from activities.services.requests import Requests
 from models.gate import Kind
 from models.ledger import Event, EventType
@@ -37,6 +36,7 @@ from models.settings import TemporalSettings
 from models.visibility import Attribute, Queue
 from temporal.plugin import CountersignPlugin
 from tests.conftest import a_key, note, policy, settings_for, stack_of
+from tests.databases import migrated
 from workflows.agents.external import External
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -74,8 +74,7 @@ class Room:
         config = environment.client.config()
         config["plugins"] = [CountersignPlugin()]
         self.client = Client(**config)
-        migrate(f"sqlite:///{data / 'countersign.db'}")
-        self.database = Database(f"sqlite:///{data / 'countersign.db'}")
+        self.database = Database(migrated(f"sqlite:///{data / 'countersign.db'}"))
         self.now = datetime.now(UTC)
         self.folder = data / "notes"
         self.content = ContentStore(self.database)

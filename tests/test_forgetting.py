@@ -22,7 +22,6 @@ from activities.services.database import Database
 from activities.services.erasure import Erasure
 from activities.services.ledger_store import LedgerStore
 from activities.services.memory_store import MemoryStore
-from activities.services.migrations import migrate
 from activities.services.notices import Noticing, Terminal
 from activities.services.short_term import Key, ShortTerm
 from activities.services.vault import load_keys
@@ -37,6 +36,7 @@ from models.notices import NoticeOrder
 from models.settings import EncryptionSettings, Settings
 from scripts import verify_ledger
 from scripts.cli import app
+from tests.databases import migrated
 from tests.ledgers import TENANT, fill, intent_of
 from tests.test_erasure import Hashed
 from workers import config
@@ -70,7 +70,7 @@ class Place:
     def __init__(self, folder: Path, sealed: bool) -> None:
         encryption = EncryptionSettings(enabled=sealed)
         self.settings = Settings(data=folder, embeddings=None, approver="dpo", encryption=encryption)
-        migrate(self.settings.database_url)
+        migrated(self.settings.database_url)
         self.folder = folder
         self.database = guard(Database(self.settings.database_url), load_keys(encryption, folder))
         self.content = ContentStore(self.database)

@@ -20,7 +20,6 @@ from activities.services.database import Database
 from activities.services.key_life import handed_over, log_rotation
 from activities.services.ledger_export import of_database, of_lines, to_lines
 from activities.services.ledger_store import LedgerStore
-from activities.services.migrations import migrate
 from activities.services.notes import NoteKey
 from activities.services.vault import load_keys
 from activities.services.verifier import Verifier
@@ -39,6 +38,7 @@ from scripts.commands.doctor import Health
 from scripts.commands.keys import look_at_keys
 from temporal import dev_server
 from tests.conftest import free_port
+from tests.databases import migrated
 from tests.ledgers import NOW, TENANT, fill
 from workers import config
 
@@ -53,7 +53,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.settings = Settings(data=folder, embeddings=None, approver="ops", encryption=OLD)
-        migrate(self.settings.database_url)
+        migrated(self.settings.database_url)
 
     def opened(self, encryption: EncryptionSettings = OLD) -> Database:
         return guard(Database(self.settings.database_url), load_keys(encryption, self.folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from activities.services.database import Database, to_micros
 from activities.services.erasure import Erasure
 from activities.services.keeping import take
 from activities.services.knowing import HOT, USE, Knowing, keep_known, use_of
-from activities.services.migrations import migrate
 from activities.services.short_term import Rate, ShortTerm, metered
 from activities.services.vectors import MEMORY
 from models.beliefs import Change, Look
@@ -72,15 +71,6 @@ class Shop:
         data = self.reader.get_metrics_data()
         points = data.resource_metrics[0].scope_metrics[0].metrics[0].data.data_points if data else ()
         return {str(one.attributes["use"]): one.value for one in points}
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'knowing.db'}"
-    migrate(url)
-    opened = Database(url)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from sqlalchemy import Connection, event, select
 from activities.services.database import Database, Shared
 from activities.services.envelopes import envelope
 from activities.services.ledger_store import EVENT, LedgerStore, entries_in, in_runs
-from activities.services.migrations import migrate
 from models.canonical import canonical
 from models.errors import LedgerBroken
 from models.ledger import Append, Draft, EventType
@@ -32,20 +30,6 @@ odd = st.recursive(
     ),
     max_leaves=6,
 )
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    made = f"sqlite:///{tmp_path / 'ledger.db'}"
-    migrate(made)
-    return made
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    opened = Database(url)
-    yield opened
-    opened.close()
 
 
 class Held:

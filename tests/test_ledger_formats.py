@@ -15,12 +15,12 @@ from activities.services.database import Database
 from activities.services.ledger_export import Header, Leaf, of_database
 from activities.services.ledger_formats import ACTIVITIES, to_ocsf, to_prov
 from activities.services.ledger_store import add_in
-from activities.services.migrations import migrate
 from models.errors import LedgerBroken
 from models.ledger import Draft, EventType
 from models.loop import Outcome, Status
 from models.settings import Settings
 from scripts.cli import app
+from tests.databases import migrated
 from tests.ledgers import NOW, TENANT, fill
 from workers import config
 
@@ -88,7 +88,7 @@ PROV = {
 @pytest.fixture
 async def database(tmp_path: Path) -> Iterator[Database]:
     url = Settings(data=tmp_path).database_url
-    migrate(url)
+    migrated(url)
     made = Database(url)
     await fill(made, 2)
     refused = Outcome(status=Status.REJECTED, workflow_id="run 3").model_dump(mode="json")

@@ -17,20 +17,19 @@ from sqlalchemy import text
 from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore, add_in, append_in, entries_in
-from activities.services.migrations import migrate
 from models.canonical import derived_id
 from models.errors import LedgerBroken
 from models.ledger import Append, Appended, Draft, Event, EventType
 from models.loop import Ref
 from tests.conftest import a_key
+from tests.databases import migrated
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
-    made = f"sqlite:///{tmp_path_factory.mktemp('ledger') / 'countersign.db'}"
-    migrate(made)
+    made = migrated(f"sqlite:///{tmp_path_factory.mktemp('ledger') / 'countersign.db'}")
     return made
 
 

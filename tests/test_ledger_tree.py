@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from sqlalchemy.exc import DBAPIError
 
 from activities.services.database import Database
 from activities.services.ledger_store import EVENT, HEAD, LedgerStore
-from activities.services.migrations import migrate
 from models.canonical import canonical
 from models.errors import LedgerBroken
 from models.ledger import Append, Draft, EventType
 from scripts.bench.ledger import check, killed
+from tests.databases import migrated
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 GUARDED = [
@@ -36,20 +35,6 @@ plain = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
     max_leaves=8,
 )
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    made = f"sqlite:///{tmp_path / 'ledger.db'}"
-    migrate(made)
-    return made
-
-
-@pytest.fixture
-def database(url: str) -> Iterator[Database]:
-    opened = Database(url)
-    yield opened
-    opened.close()
 
 
 def draft(name: str, stream: str = "run") -> Draft:
@@ -136,8 +121,7 @@ async def test_a_head_that_does_not_fit_its_size_stops_appends(database: Databas
 
 
 async def test_logs_from_before_the_tree_get_one(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'old.db'}"
-    migrate(url)
+    url = migrated(f"sqlite:///{tmp_path / 'old.db'}")
     database = Database(url)
     await fill(database, 11)
     with database.engine.begin() as link:

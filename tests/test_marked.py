@@ -15,7 +15,6 @@ from activities.services.beliefs import HEAD, Beliefs
 from activities.services.content import guard
 from activities.services.database import Database
 from activities.services.erasure import Erasure
-from activities.services.migrations import migrate
 from activities.services.vault import load_keys
 from models.beliefs import Change, Mail
 from models.errors import InvalidInput, UnknownName
@@ -29,6 +28,7 @@ from temporal.schedules import Schedules, Standing
 from temporal.telemetry import sending
 from tests.collector import collecting
 from tests.conftest import a_key, serving
+from tests.databases import migrated
 from tests.hostile import hostile
 from tests.marked import ALL, EMAIL, NAME, columns, found, said
 
@@ -91,8 +91,7 @@ async def test_without_encryption_the_same_search_finds_what_was_put_in(
 
 
 def sealed(folder: Path, on: bool = True) -> Database:
-    url = f"sqlite:///{folder / 'beliefs.db'}"
-    migrate(url)
+    url = migrated(f"sqlite:///{folder / 'beliefs.db'}")
     return guard(Database(url), load_keys(EncryptionSettings(enabled=on), folder))
 
 

@@ -26,6 +26,7 @@ from models.errors import InvalidInput, MemoryUnavailable, UnknownName
 from models.inference import DataClass
 from models.loop import Ref
 from models.memory import Cause, Kept, Memo, Origin, Recall, Search, Standing
+from tests.databases import migrated
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 SIZE = 16
@@ -59,8 +60,7 @@ def vector_of(text: str) -> list[float]:
 
 class Place:
     def __init__(self, url: str) -> None:
-        self.database = Database(url)
-        MEMORY.metadata.create_all(self.database.engine)
+        self.database = Database(migrated(url))
         self.content = ContentStore(self.database)
         self.embedder = Hashed()
         self.now = NOW

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 
 from activities.services.database import Database
 from activities.services.grants import give_back, take_use
-from activities.services.migrations import migrate
 from models.canonical import digest_of
 from models.errors import InvalidInput
 from models.gate import (
@@ -38,6 +37,7 @@ from models.settings import Settings, TemporalSettings
 from scripts import verify_ledger
 from temporal.client import submit
 from tests.conftest import a_key, note, settings_for, stack_of
+from tests.databases import migrated
 from tests.intents import DAY, START, a_stream, a_verdict, an_intent
 from workers import config
 
@@ -247,8 +247,7 @@ def test_expiry_goes_by_the_gravest_class() -> None:
 
 
 async def test_no_two_intents_take_one_use_and_what_does_not_stand_gives_it_back(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'x.db'}"
-    migrate(url)
+    url = migrated(f"sqlite:///{tmp_path / 'x.db'}")
     one, other = Database(url), Database(url)
     try:
         grant = a_grant(max_uses=5)

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 
 from activities.services.content import ContentStore, put_here
 from activities.services.database import Database
-from activities.services.migrations import migrate
 from activities.services.residence import stores, withheld
 from models.canonical import sha256
 from models.errors import InvalidInput, RegionBound
 from models.settings import EncryptionSettings, KeySettings, RegionSettings, Settings
 from scripts.commands.start import request_of
+from tests.databases import migrated
 
 TEXT = b"what the quokka said"
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -43,9 +43,9 @@ class Places:
                 for name in ("eu", "us")
             },
         )
-        migrate(centre)
+        migrated(centre)
         for name in ("eu", "us"):
-            migrate(self.at(name).region_url or "")
+            migrated(self.at(name).region_url or "")
         self.centre, self.eu, self.us = (
             stack.enter_context(stores(self.at(name))) for name in (None, "eu", "us")
         )

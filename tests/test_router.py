@@ -18,8 +18,6 @@ from activities.services.breaker import OPEN_SECONDS, SAMPLES, Breakers
 from activities.services.budget import Books, Hold
 from activities.services.cache import Cache
 from activities.services.content import ContentStore
-from activities.services.database import Database
-from activities.services.migrations import migrate
 from activities.services.questions import Examined, best_of, schema_objections
 from activities.services.router import Answerer
 from activities.services.till import Till
@@ -551,15 +549,6 @@ async def test_a_call_that_outlasts_its_deadline_is_cut_off_and_its_socket_with_
     with pytest.raises(DeadlineMissed, match="no answer within"):
         await ask(answerer, Grant(deadline=NOON + timedelta(milliseconds=20)))
     assert hanging.cancelled
-
-
-@pytest.fixture
-def database(tmp_path):
-    url = f"sqlite:///{tmp_path / 'router.db'}"
-    migrate(url)
-    made = Database(url)
-    yield made
-    made.close()
 
 
 def shipped(database, script, made=None, **more):

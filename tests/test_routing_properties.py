@@ -9,9 +9,7 @@ from sqlalchemy import func, select
 
 from activities.services.budget import RESERVATION
 from activities.services.content import ContentStore, get_blob
-from activities.services.database import Database
 from activities.services.ledger_store import EVENT, LedgerStore
-from activities.services.migrations import migrate
 from activities.services.routes import Routes, telemetry_of
 from models.budget import Account, Budget
 from models.errors import BudgetExceeded, DeadlineMissed, PolicyDenied, UnknownName
@@ -273,15 +271,6 @@ def test_measurements_say_how_slow_and_how_often_in_vain():
     assert (known.measured.slow_milliseconds, known.measured.escalated_permille) == (500, 50)
     assert telemetry_of(EDGE, [Row()] * 19).measured.escalated_permille is None
     assert telemetry_of(EDGE, [Row(model="")]) == Telemetry()
-
-
-@pytest.fixture
-def database(tmp_path):
-    url = f"sqlite:///{tmp_path / 'routes.db'}"
-    migrate(url)
-    made = Database(url)
-    yield made
-    made.close()
 
 
 def task(name="draft"):

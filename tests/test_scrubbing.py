@@ -18,10 +18,10 @@ from activities.services import scrubbing
 from activities.services.database import Database
 from activities.services.ledger_store import add_all_in
 from activities.services.merkle import leaf_hash
-from activities.services.migrations import migrate
 from activities.services.scrubbing import Scrub, check_slice
 from models.errors import LedgerBroken
 from models.ledger import Draft, EventType
+from tests.databases import migrated
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 GUARDED = ("event", "merkle_node")
@@ -39,8 +39,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def log_of(size: int) -> Iterator[Database]:
     with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite:///{Path(folder) / 'ledger.db'}"
-        migrate(url)
+        url = migrated(f"sqlite:///{Path(folder) / 'ledger.db'}")
         database = Database(url)
         drafts = [
             Draft(

@@ -13,7 +13,6 @@ from activities.services.content import ContentStore, guard
 from activities.services.database import Database
 from activities.services.erasure import Erasure
 from activities.services.ledger_store import LedgerStore
-from activities.services.migrations import migrate
 from activities.services.router import Answerer
 from activities.services.routes import Routes
 from activities.services.similar import REST, TALLY, Similar
@@ -145,20 +144,6 @@ class Desk:
 def words(number):
     """A word of its own, without a digit or a capital in it."""
     return "".join("qwertzuiop"[int(digit)] for digit in str(number))
-
-
-@pytest.fixture
-def url(tmp_path):
-    made = f"sqlite:///{tmp_path / 'similar.db'}"
-    migrate(made)
-    return made
-
-
-@pytest.fixture
-def database(url):
-    made = Database(url)
-    yield made
-    made.close()
 
 
 async def count(database, table):

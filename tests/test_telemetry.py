@@ -21,7 +21,6 @@ from pydantic import ValidationError
 from temporalio.client import WorkflowFailureError
 from temporalio.runtime import Runtime
 
-from activities.services.migrations import migrate
 from activities.services.model_calls import ModelCalls
 from activities.tiers.scripted import Scripted
 from models.errors import TierUnavailable
@@ -37,6 +36,7 @@ from temporal.observing import Ids, Observing
 from temporal.telemetry import Telemetry, sending
 from tests.collector import Collector, collecting, labels, points
 from tests.conftest import Stack, a_key, note, serving, settings_for, stack_of
+from tests.databases import migrated
 from tests.variants import AGENTS
 from workers import config
 from workers.compose import Parts
@@ -313,7 +313,7 @@ async def test_without_a_collector_nothing_is_loaded_started_or_listening(
 
 async def looked(settings: Settings) -> dict[str, Any]:
     """What a worker process has of telemetry; it is told to stop then."""
-    migrate(settings.database_url)
+    migrated(settings.database_url)
     config.snapshot(settings, settings.data / "settings.json")
     argv = [sys.executable, "-c", LOOK, str(settings.data / "settings.json")]
     ran = await asyncio.to_thread(

@@ -5,9 +5,7 @@ import pytest
 from sqlalchemy import func, select
 
 from activities.services.budget import CALL, Books, Hold, Payment, Spent, pay_all_in, reserve_all_in
-from activities.services.database import Database
 from activities.services.ledger_store import LedgerStore, add_all_in
-from activities.services.migrations import migrate
 from activities.services.together import Reading, together
 from models.budget import Budget, accounts_of
 from models.ledger import Draft, EventType
@@ -15,15 +13,6 @@ from models.ledger import Draft, EventType
 NOON = datetime(2026, 5, 4, 12, tzinfo=UTC)
 ACCOUNTS = accounts_of([Budget(amount="1.00", currency="EUR")], "acme", "content", NOON)
 CAPS = {account.name: account.cap for account in ACCOUNTS}
-
-
-@pytest.fixture
-def database(tmp_path):
-    url = f"sqlite:///{tmp_path / 'together.db'}"
-    migrate(url)
-    made = Database(url)
-    yield made
-    made.close()
 
 
 def hold(name, tenant="acme"):

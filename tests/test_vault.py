@@ -12,11 +12,11 @@ from sqlalchemy import select, update
 
 from activities.services.content import BLOB, ContentStore, get_blob, guard, peek_blob, put_blob, put_model
 from activities.services.database import Database
-from activities.services.migrations import migrate
 from activities.services.vault import KEY, TENANT, Keys, Vault, load_keys
 from models.canonical import canonical, sha256
 from models.errors import InvalidInput, KeyDestroyed, KeyMissing, LedgerBroken
 from models.settings import EncryptionSettings, KeySettings
+from tests.databases import migrated
 
 TEXT = b"Ann asked for a refund"
 ON = EncryptionSettings(enabled=True)
@@ -28,8 +28,7 @@ def keys(*ids: str, current: str = "") -> Keys:
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'vault.db'}"
-    migrate(url)
+    url = migrated(f"sqlite:///{tmp_path / 'vault.db'}")
     opened = guard(Database(url), keys("k1"))
     yield opened
     opened.close()

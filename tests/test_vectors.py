@@ -6,7 +6,6 @@ import asyncio
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,16 +32,9 @@ from activities.services.weaviate_store import WeaviateVectors, connected
 from models.errors import InvalidInput
 from models.tables import NEVER
 from tests import real_weaviate
+from tests.databases import migrated
 
 MODEL = "test-model"
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    opened = Database(f"sqlite:///{tmp_path / 'memory.db'}")
-    MEMORY.metadata.create_all(opened.engine)
-    yield opened
-    opened.close()
 
 
 def unit(*values: float) -> Vector:
@@ -118,9 +110,8 @@ def test_exact_search_equals_brute_force_with_ties_filters_and_deletions(
         )
         for number, (tenant, kind, when, raw, shift) in enumerate(data)
     ]
-    database = Database("sqlite:///" + str(tmp_path_factory.mktemp("search") / "memory.db"))
+    database = Database(migrated(f"sqlite:///{tmp_path_factory.mktemp('search') / 'memory.db'}"))
     try:
-        MEMORY.metadata.create_all(database.engine)
         vectors, half = ExactVectors(database, 8, block_rows), len(rows) // 2
         asked = unit(*query)
         add(database, rows[:half])
@@ -182,7 +173,7 @@ def test_a_forgotten_newest_position_is_never_used_again(database):
     assert found(vectors, "one", unit(1, 0)) == [("second", 1.0)]
 
 
-def test_another_process_writing_and_forgetting_is_seen_by_the_next_search(database, tmp_path):
+def test_another_process_writing_and_forgetting_is_seen_by_the_next_search(database, url):
     vectors = ExactVectors(database, 2)
     add(database, [("one", "mine", "post", 0, unit(1, 0))])
     assert found(vectors, "one", unit(1, 0)) == [("mine", 1.0)]
@@ -199,7 +190,6 @@ def work(connection):
 database.submit(work).result()
 database.close()
 """
-    url = f"sqlite:///{tmp_path / 'memory.db'}"
     subprocess.run([sys.executable, "-c", script, url], check=True, cwd=Path(__file__).parents[1], timeout=60)
     assert found(vectors, "one", unit(1, 0)) == [("theirs", 1.0)]
 

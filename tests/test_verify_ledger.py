@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from activities.services.checkpoints import Checkpoints, load_key, proof_of
 from activities.services.database import Database
 from activities.services.ledger_export import of_database, of_lines, to_lines
 from activities.services.merkle import extend, leaf_hash, pack
-from activities.services.migrations import migrate
 from activities.services.notes import NoteKey
 from activities.services.verifier import Report, Verifier, check_database
 from models.errors import LedgerBroken
 from models.ledger import EventType
 from models.loop import GateRule, Outcome, Reversibility, Status
 from scripts import verify_ledger
+from tests.databases import migrated
 from tests.ledgers import TENANT, Step, fill, intent_of, receipt_of, record, whole
 
 ORIGIN = f"countersign/{TENANT}"
@@ -49,8 +49,7 @@ class Log:
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
     folder = tmp_path_factory.mktemp("log")
-    url = f"sqlite:///{folder / 'ledger.db'}"
-    migrate(url)
+    url = migrated(f"sqlite:///{folder / 'ledger.db'}")
     database = Database(url)
     checkpoints = Checkpoints(database, load_key(folder), "countersign")
 
@@ -432,15 +431,6 @@ RIGHT: dict[str, Story] = {
 }
 
 
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    migrate(url)
-    opened = Database(url)
-    yield opened
-    opened.close()
-
-
 async def told(database: Database, folder: Path, story: Story, gate: GateRule, kind: Reversibility) -> Log:
     def work(link: Connection) -> None:
         _, digest = intent_of(link, "run", gate, kind)
@@ -502,8 +492,7 @@ def test_both_verifiers_agree_with_the_gate_on_any_verdicts(data: st.DataObject)
         return [*steps[:3], *given, *steps[3:]]
 
     async def run(folder: Path) -> tuple[Report, int]:
-        url = f"sqlite:///{folder / 'ledger.db'}"
-        migrate(url)
+        url = migrated(f"sqlite:///{folder / 'ledger.db'}")
         database = Database(url)
         log = await told(database, folder, story, gate, kind)
         database.close()

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from activities.services.cosigner_server import CosignerServer
 from activities.services.cosigning import AlertKind, RemoteCosigner, cosignatures
 from activities.services.database import Database
 from activities.services.ledger_export import of_database, of_lines, to_lines
-from activities.services.migrations import migrate
 from activities.services.notes import NoteKey, read_checkpoint
 from activities.services.verifier import Report, Verifier, check_database
 from activities.services.witness_state import STATE_FILE, State
@@ -37,6 +36,7 @@ from models.errors import ConnectorUnavailable, InvalidInput
 from models.settings import LedgerSettings, Settings
 from scripts import verify_ledger
 from scripts.cli import app
+from tests.databases import migrated
 from tests.ledgers import TENANT, fill
 from workers import config
 
@@ -72,15 +72,6 @@ class House:
     def settings(self) -> CosignerSettings:
         url = f"http://127.0.0.1:{self._server.port}"
         return CosignerSettings(url=url, key=str(self.cosigner.key), timeout_seconds=60)
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'ledger.db'}"
-    migrate(url)
-    opened = Database(url)
-    yield opened
-    opened.close()
 
 
 @pytest.fixture
@@ -583,7 +574,7 @@ async def fill_at(settings: Settings, first: int) -> None:
 def test_the_commands_serve_cosign_verify_and_remember_through_a_kill(tmp_path: Path) -> None:
     plain = Settings(data=tmp_path / "data", embeddings=None)
     plain.data.mkdir()
-    migrate(plain.database_url)
+    migrated(plain.database_url)
     asyncio.run(fill_at(plain, 0))
     log = NoteKey.parse(run(plain, "ledger", "key").stdout)
     folder = tmp_path / "witness"
