@@ -16,7 +16,11 @@ DEV := $(VENV)/.stamp-dev-$(call hash,requirements-dev.lock)
 PEERS := $(VENV)-peers/.stamp-$(call hash,requirements-bench.lock)
 RUN := $(VENV)/.stamp-run-$(call hash,requirements.lock)
 
-.PHONY: help setup peers demo up doctor check format test test-real lock clean
+# Tests start many processes, and each run of a workflow loads its modules anew. Where Python is told to keep
+# nothing that it compiled, that is half of their time.
+test test-large test-real: export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: help setup peers demo up doctor check format test test-large test-real lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +50,9 @@ format: $(DEV) ## put the code in shape
 
 test: $(DEV) ## tests that need nothing but this environment
 	$(BIN)/pytest -m "not real"
+
+test-large: $(DEV) ## the same of much more, where minutes do not matter
+	$(BIN)/pytest -m "large and not real" --large
 
 test-real: $(DEV) ## tests against real programs
 	bash scripts/targets/hugo.sh

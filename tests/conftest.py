@@ -42,6 +42,16 @@ if TYPE_CHECKING:
     from temporal.telemetry import Telemetry
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--large", action="store_true", help="sizes that take minutes: `make test-large`")
+
+
+@pytest.fixture
+def large(request: pytest.FixtureRequest) -> bool:
+    """Whether there is time for sizes that prove no other thing, only more of it."""
+    return bool(request.config.getoption("--large"))
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -81,8 +91,8 @@ def temporal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TemporalSetti
 
 
 @contextmanager
-def serving(data: Path) -> Iterator[TemporalSettings]:
-    """A dev server of one's own, with its database and log in a folder."""
+def serving(data: Path, *flags: str) -> Iterator[TemporalSettings]:
+    """A dev server of one's own, with its database and log in a folder; flags come after the product's."""
     settings = TemporalSettings(
         address=f"127.0.0.1:{free_port()}",
         ui_port=free_port(),
@@ -90,7 +100,7 @@ def serving(data: Path) -> Iterator[TemporalSettings]:
         task_timeout=timedelta(seconds=2),
     )
     program = dev_server.argv(dev_server.binary(), settings, data)
-    argv = (sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), "--", *program)
+    argv = (sys.executable, "-I", "-S", str(LEASH), str(os.getpid()), "--", *program, *flags)
     with open(data / "log", "wb") as log:
         process = subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
     try:

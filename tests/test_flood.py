@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,26 @@ from models.ledger import Entry, EventType
 from models.loop import Status
 from models.settings import TemporalSettings
 from temporal.client import Started, answer
-from tests.conftest import Stack, a_key, note, settings_for, stack_of
+from tests.conftest import Stack, a_key, note, serving, settings_for, stack_of
 
 MANY = 300
-TOO_MANY = 4_300
-"""More than Temporal wants in one history."""
+WANTED = 4_096
+"""Events that Temporal wants in one history at most."""
+FEW_WANTED = 400
+"""The same where no minute is to be spent on a flood."""
 
 
 @pytest.fixture
 async def stack(temporal: TemporalSettings, tmp_path: Path) -> AsyncIterator[Stack]:
+    async with patient_stack(temporal, tmp_path) as made:
+        yield made
+
+
+@asynccontextmanager
+async def patient_stack(temporal: TemporalSettings, data: Path) -> AsyncIterator[Stack]:
     """With the time for one task that the product has, since it is what a flood uses up."""
     patient = temporal.model_copy(update={"task_timeout": timedelta(seconds=10)})
-    async with stack_of(settings_for(patient, tmp_path)) as made:
+    async with stack_of(settings_for(patient, data)) as made:
         yield made
 
 
@@ -74,20 +83,37 @@ async def test_a_crowd_is_refused_one_by_one_in_few_steps_and_the_answer_behind_
     assert kinds[Temporal.EVENT_TYPE_MARKER_RECORDED] < MANY // 3
 
 
-async def test_a_run_that_is_flooded_goes_on_in_a_new_history_with_nothing_lost(stack: Stack) -> None:
-    run = await stack.propose(a_key(), note())
-    digest = await stack.digest(run)
-    first = (await run.handle.describe()).run_id
-    await flood(run, TOO_MANY)
-    await approve(stack, run, digest)
-    handle = stack.client.get_workflow_handle(run.workflow_id)
-    assert (await handle.result())["status"] == "executed"
-    described = await handle.describe()
-    assert described.run_id != first
-    assert described.history_length < 1_000
-    kinds = Counter(await stack.types(run))
-    assert (kinds["refusal"], kinds["intent"], kinds["verdict"], kinds["receipt"]) == (TOO_MANY, 1, 1, 1)
-    assert len(stack.notes()) == 1
+@pytest.fixture
+def wanted(large: bool) -> int:
+    return WANTED if large else FEW_WANTED
+
+
+@pytest.fixture
+def temporal_alone(tmp_path: Path, wanted: int) -> Iterator[TemporalSettings]:
+    limit = f"limit.historyCount.suggestContinueAsNew={wanted}"
+    with serving(tmp_path, "--dynamic-config-value", limit) as settings:
+        yield settings
+
+
+@pytest.mark.large
+async def test_a_run_that_is_flooded_goes_on_in_a_new_history_with_nothing_lost(
+    temporal_alone: TemporalSettings, tmp_path: Path, wanted: int
+) -> None:
+    many = wanted + wanted // 20
+    async with patient_stack(temporal_alone, tmp_path) as stack:
+        run = await stack.propose(a_key(), note())
+        digest = await stack.digest(run)
+        first = (await run.handle.describe()).run_id
+        await flood(run, many)
+        await approve(stack, run, digest)
+        handle = stack.client.get_workflow_handle(run.workflow_id)
+        assert (await handle.result())["status"] == "executed"
+        described = await handle.describe()
+        assert described.run_id != first
+        assert described.history_length < wanted // 4
+        kinds = Counter(await stack.types(run))
+        assert (kinds["refusal"], kinds["intent"], kinds["verdict"], kinds["receipt"]) == (many, 1, 1, 1)
+        assert len(stack.notes()) == 1
 
 
 def test_a_run_that_is_taken_up_again_is_given_of_refusals_only_the_last() -> None:
