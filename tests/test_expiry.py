@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from temporalio import activity
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest
 from temporalio.client import Client
@@ -94,7 +95,7 @@ class Room:
         actor = Actor(
             self.database, {"null": Null(self.folder, self.clock)}, self.policy, pace.attempt, self.clock
         )
-        actions = Actions(actor)
+        actions = Actions(actor, lambda: activity.info().started_time)
         return (
             Worker(
                 self.client,

@@ -366,7 +366,8 @@ class Loud(Room):
                 *(Reading(self.content).read_proposal, Reminders().remind_at),
             ],
         )
-        act = Worker(self.client, task_queue=Queue.ACT, activities=[Actions(actor).plan, self.notify])
+        actions = [Actions(actor, self.clock).plan, self.notify]
+        act = Worker(self.client, task_queue=Queue.ACT, activities=actions)
         async with decide, act:
             handle = await self.start()
             outcome = await handle.result()

@@ -356,7 +356,7 @@ class _Composer:
         witness, force = self._checkpoints().before_effect, self._force.of
         attempt = settings.pace.attempt
         actor = Actor(self._database, connectors, settings.policy, attempt, utc_now, doubt, witness, force)
-        actions = Actions(actor)
+        actions = Actions(actor, utc_now)
         notices = Notices(await self._noticing())
         return self._worker(
             queue_of(Queue.ACT, settings.region),

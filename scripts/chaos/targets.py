@@ -59,7 +59,8 @@ class Letters:
             raise ConnectorUnavailable("letters: the attempt's deadline has passed; nothing was sent")
         path = self._folder / uuid.uuid4().hex
         draft = path.with_suffix(".draft")
-        draft.write_text(json.dumps({"key": key, "arrives": time.time() + float(work.arguments["seconds"])}))
+        # By a clock that all processes share, and that nobody can set.
+        draft.write_text(json.dumps({"key": key, "arrives": time.monotonic() + float(work.arguments["seconds"])}))
         draft.rename(path)
         self._sent("sent")
         while path not in self._arrived():  # noqa: ASYNC110 - the post has no event to await
@@ -82,7 +83,7 @@ class Letters:
         return [path for path in self._folder.iterdir() if not path.suffix]
 
     def _arrived(self) -> list[Path]:
-        now = time.time()
+        now = time.monotonic()
         return [path for path in self._letters() if json.loads(path.read_text())["arrives"] <= now]
 
 
