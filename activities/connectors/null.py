@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
+from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -76,9 +78,10 @@ class Null:
         self._notes = folder / "notes"
         self._undone = folder / "undone"
         self._targets = folder / "targets"
+        self._aside = folder / "aside"
         self._clock = clock
         self._fsync = fsync
-        for path in (self._notes, self._undone, self._targets):
+        for path in (self._notes, self._undone, self._targets, self._aside):
             path.mkdir(parents=True, exist_ok=True)
 
     async def plan(self, work: Work) -> Dry:
@@ -187,25 +190,30 @@ class Null:
         return (Change(what=note.target, old=int(stands), new=price.minor, currency=price.currency),)
 
     def _create(self, path: Path, content: dict[str, str], deadline: datetime) -> None:
-        """One system call decides; a file that exists already is the same key's earlier use."""
+        """One system call decides; a file that exists already is the same key's earlier use.
+
+        Raises:
+            OSError: there is no room; nothing stands then, rather than half a note.
+        """
         if self._clock() >= deadline:
             raise ConnectorUnavailable(
                 f"{self.name}: the attempt's deadline {deadline.isoformat()} has passed; nothing was sent"
             )
+        aside = self._aside / uuid.uuid4().hex
         try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        except FileExistsError:
-            return
-        try:
-            os.write(handle, json.dumps(content).encode())
-            if self._fsync:
-                os.fsync(handle)
+            with open(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+                file.write(json.dumps(content).encode())
+                file.flush()
+                if self._fsync:
+                    os.fsync(file.fileno())
+            with suppress(FileExistsError):
+                os.link(aside, path)
         finally:
-            os.close(handle)
+            aside.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """What a key's file says; one whose writer was killed is there all the same."""
+    """What a key's file says; one that is empty since its writer was killed is there all the same."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -79,7 +79,7 @@ class State:
         folder.mkdir(exist_ok=True)
         path = folder / f"{hashlib.sha256(note.encode()).hexdigest()[:32]}.txt"
         if not path.exists() and len(list(folder.iterdir())) < MOST_EVIDENCE:
-            path.write_text(f"{self.seen(origin).note}\n{note}", "utf-8")
+            _replace(path, f"{self.seen(origin).note}\n{note}")
 
     def close(self) -> None:
         """Let go of the folder; may be called twice."""
