@@ -71,8 +71,8 @@ class TokenChance(Frozen):
     """How sure the model was of one token it wrote."""
 
     token: str
-    logprob: float
-    margin: float | None = None
+    logprob: float = Field(allow_inf_nan=False)
+    margin: float | None = Field(default=None, allow_inf_nan=False)
     """Logprob of the likeliest token minus that of the second."""
 
 

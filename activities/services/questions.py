@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from jsonschema import Draft202012Validator
-
+from activities.tiers.schema import validator_of, value_of
 from models.errors import PolicyDenied
 from models.inference import Call, Completion, Inputs, Message, Needs, Prompt, Task
 from models.redaction import Redaction, dangling, shows
@@ -150,11 +150,10 @@ def best_of(answers: Sequence[Examined]) -> Examined:
 def schema_objections(text: str, schema: Mapping[str, Any]) -> tuple[str, ...]:
     """What in a JSON text breaks the schema: where and which rule, never the text itself."""
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        errors = validator_of(schema).iter_errors(value_of(text))
+        return tuple(map(_objection, islice(errors, MOST_OBJECTIONS)))
     except (ValueError, RecursionError):
-        return ("it is not valid JSON",)
-    errors = Draft202012Validator(schema).iter_errors(value)
-    return tuple(_objection(error) for error, _ in zip(errors, range(MOST_OBJECTIONS), strict=False))
+        return ("it is not valid JSON, in which every name stands once",)
 
 
 def for_the_record(objection: str) -> str:
@@ -170,7 +169,3 @@ def _listed(answer: Examined) -> str:
 def _objection(error: Any) -> str:
     rule = json.dumps(error.validator_value, ensure_ascii=False)
     return f"{error.json_path}: breaks {error.validator} {rule[:120]}"
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import httpx
 
+from activities.tiers.carrier import healthy
 from activities.tiers.stream import TooMuch, whole
-from activities.tiers.wire import STATUSES, Said, json_or_none
+from activities.tiers.wire import READY_SECONDS, STATUSES, Said, json_or_none
 from models.errors import InvalidInput, MemoryUnavailable
 from models.inference import Attempt, Ending, TimeLimit
 from models.settings import EmbeddingSettings
@@ -20,6 +21,8 @@ PATH = "/v1/embeddings"
 BATCH = 32
 MOST_BYTES = 64 * 2**20
 TOO_LONG = ("too large to process", "context size", "context length", "must have less than")
+MOST_VALUE = 1e150
+"""Of one number in a vector; the sum of their squares is a number still."""
 SHORTEST_PIECE = 64
 """Characters; a server that refuses even this is misconfigured."""
 
@@ -55,8 +58,9 @@ class Embeddings:
     async def ready(self) -> bool:
         """Whether it would answer now."""
         try:
-            return (await self._client.get("/health")).status_code == HTTPStatus.OK
-        except httpx.HTTPError:
+            async with asyncio.timeout(READY_SECONDS):
+                return await healthy(self._client)
+        except (TimeoutError, httpx.HTTPError):
             return False
 
     async def aclose(self) -> None:
@@ -140,7 +144,7 @@ class Embeddings:
         numbers = cast(list[Any], values if isinstance(values, list) else [])
         if len(numbers) != self._settings.dimensions:
             raise unusable(f"{len(numbers)} dimensions instead of {self._settings.dimensions}")
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in numbers):
+        if not all(isinstance(value, int | float) and abs(value) <= MOST_VALUE for value in numbers):
             raise unusable("a value that is no finite number")
         return unit([float(value) for value in numbers])
 

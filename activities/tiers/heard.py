@@ -10,6 +10,9 @@ from typing import Any, cast
 from models.inference import Timing, TokenChance
 
 DONE = "[DONE]"
+MOST_MILLISECONDS = 1000 * 60 * 60 * 24
+MOST_TOKENS = 2**31 - 1
+"""No answer has more, and databases keep no more; a larger number is no count."""
 FINISHES = {"stop": "stop", "eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 
 
@@ -40,8 +43,13 @@ class Heard:
 
     @property
     def text(self) -> str:
-        """Everything written."""
-        return "".join(self.parts)
+        """Everything written.
+
+        Raises:
+            ValueError: half a character stands in it, which no file can keep.
+        """
+        # What is left of an escape that was cut between two events finds its other half here.
+        return "".join(self.parts).encode("utf-16-le", "surrogatepass").decode("utf-16-le")
 
     def headers(self, headers: Mapping[str, str]) -> None:
         """TGI's timings, which only an unstreamed answer carries."""
@@ -81,7 +89,7 @@ def chat(said: Heard, body: Mapping[str, Any]) -> bool:
     """
     try:
         return _chat(said, body)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         raise Unreadable("an unknown shape") from None
 
 
@@ -104,7 +112,7 @@ def counts(prompt: Any, completion: Any) -> tuple[int, int]:
         ValueError: one is no count.
     """
     pair = (prompt, completion)
-    if not all(isinstance(number, int) and number >= 0 for number in pair):
+    if not all(type(number) is int and 0 <= number <= MOST_TOKENS for number in pair):
         raise ValueError("no counts")
     return pair
 
@@ -145,7 +153,7 @@ def _account(said: Heard, body: Mapping[str, Any]) -> None:
         said.usage = counts(usage["prompt_tokens"], usage["completion_tokens"])
         details = usage.get("prompt_tokens_details") or {}
         cached = details.get("cached_tokens")
-        said.cached = cached if isinstance(cached, int) else None
+        said.cached = cached if type(cached) is int and 0 <= cached <= MOST_TOKENS else None
     timings = body.get("timings")
     if isinstance(timings, dict):
         said.prompt = _milliseconds(timings.get("prompt_ms"))
@@ -160,10 +168,12 @@ def _chances(said: Heard, logprobs: Any) -> None:
 
 
 def _milliseconds(value: Any) -> float | None:
+    """`None` where it is none, and where it is longer than anybody waited."""
     try:
-        return None if value is None else max(0.0, float(value))
-    except (TypeError, ValueError):
+        number = None if value is None else max(0.0, float(value))
+    except (TypeError, ValueError, OverflowError):
         return None
+    return None if number is None or number > MOST_MILLISECONDS else number
 
 
 def _rounded(value: float | None) -> int | None:

@@ -26,7 +26,7 @@ LINE_END = re.compile(rb"\r\n|\n|\r(?=[^\n])")
 
 
 class TooMuch(Exception):
-    """The server sends more than any answer can be."""
+    """The server sends more than any answer can be, or what could become more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Events:
 
     def __init__(self) -> None:
         """Nothing read yet."""
-        self._rest = b""
+        self._rest = bytearray()
         self._lines: list[str] = []
         self._field = "data"
 
@@ -53,9 +53,13 @@ class Events:
             TooMuch: a line without end.
             UnicodeDecodeError: it is no UTF-8.
         """
-        *lines, self._rest = LINE_END.split(self._rest + piece)
-        if len(self._rest) > LONGEST_LINE:
+        # Only a piece that may end a line is worth looking through all that came before it.
+        ends = b"\n" in piece or b"\r" in piece or self._rest.endswith(b"\r")
+        self._rest += piece
+        *lines, rest = LINE_END.split(self._rest) if ends else (self._rest,)
+        if len(rest) > LONGEST_LINE:
             raise TooMuch(f"a line of more than {LONGEST_LINE} bytes")
+        self._rest = rest
         for line in lines:
             if line:
                 self._take(line.decode())
@@ -131,8 +135,10 @@ async def pieces(response: httpx.Response, most: int = MOST_BYTES) -> AsyncGener
     """The body as it comes.
 
     Raises:
-        TooMuch: it is larger than `most`.
+        TooMuch: it is larger than `most`, or packed, though nothing packed was asked for.
     """
+    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise TooMuch("a packed body")
     size = 0
     async for piece in response.aiter_bytes():
         size += len(piece)
@@ -149,6 +155,16 @@ async def whole(response: httpx.Response, most: int = MOST_BYTES) -> bytes:
     """
     async with aclosing(pieces(response, most)) as body:
         return b"".join([piece async for piece in body])
+
+
+async def beginning(response: httpx.Response, most: int) -> bytes:
+    """What can be had of a body that matters little: nothing of a packed one, the rest up to about `most`."""
+    content = b""
+    with suppress(TooMuch, httpx.ReadError):
+        async with aclosing(pieces(response, most)) as body:
+            async for piece in body:
+                content += piece
+    return content
 
 
 async def drain(response: AsyncIterator[bytes]) -> None:

@@ -152,7 +152,7 @@ class TgiGenerate(Tgi):
         """One token, or a whole answer of `/generate`."""
         try:
             return _token(said, body) if "token" in body else _generated(said, body)
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
             raise Unreadable("an unknown shape") from None
 
     def _parameters(self, prompt: Prompt) -> dict[str, Any]:

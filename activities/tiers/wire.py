@@ -21,12 +21,12 @@ from typing import Any, cast
 
 import httpx
 from aiohttp import ClientConnectorError
-from httpx_aiohttp import AiohttpTransport
 
 from activities.tiers import heard
+from activities.tiers.carrier import Carrier, healthy
 from activities.tiers.heard import Heard, Unreadable
 from activities.tiers.schema import holds
-from activities.tiers.stream import Event, Events, Limits, TooMuch, Watch, drain, pieces, whole
+from activities.tiers.stream import Event, Events, Limits, TooMuch, Watch, beginning, drain, pieces, whole
 from models.errors import (
     CountersignError,
     CredentialsRejected,
@@ -90,7 +90,9 @@ def http_client(
         transport: what carries the requests instead, in tests.
     """
     token = settings.token
-    headers = {"authorization": f"Bearer {token.get_secret_value()}"} if token else {}
+    # Nothing packed: a few bytes could unpack to more than there is memory. `stream.pieces` refuses it.
+    headers = {"accept-encoding": "identity"}
+    headers |= {"authorization": f"Bearer {token.get_secret_value()}"} if token else {}
     return httpx.AsyncClient(
         base_url=settings.url,
         headers=headers,
@@ -98,7 +100,7 @@ def http_client(
         timeout=httpx.Timeout(None, connect=settings.connect_seconds),
         # The environment's proxies must never see a prompt.
         trust_env=False,
-        transport=transport or AiohttpTransport(trust_env=False, limits=httpx.Limits(max_connections=1000)),
+        transport=transport or Carrier(),
     )
 
 
@@ -115,8 +117,8 @@ class Said:
 
     @classmethod
     async def of(cls, response: httpx.Response) -> Said:
-        """Read a response that is no 200."""
-        content = await whole(response, MOST_ERROR_BYTES)
+        """Read a response that is no 200: the status counts, and of its body only as much as is needed."""
+        content = await beginning(response, MOST_ERROR_BYTES)
         body = json_or_none(content)
         return cls(
             status=response.status_code,
@@ -196,7 +198,7 @@ class ChatEndpoint:
         except httpx.HTTPError as error:
             self._identity = None
             raise self.away(error) from None
-        except (Unreadable, TooMuch, ValueError) as error:
+        except (Unreadable, TooMuch, ValueError, ArithmeticError) as error:
             what = str(error) if isinstance(error, Unreadable | TooMuch) else "something unreadable"
             raise self.no_answer(what) from None
 
@@ -204,7 +206,7 @@ class ChatEndpoint:
         """Whether it would answer now."""
         try:
             async with asyncio.timeout(READY_SECONDS):
-                return (await self._client.get("/health")).status_code == HTTPStatus.OK
+                return await healthy(self._client)
         except (TimeoutError, httpx.HTTPError):
             return False
 
@@ -279,8 +281,11 @@ class ChatEndpoint:
                 return None
             text = (await whole(response, MOST_FACT_BYTES)).decode(errors="replace")
         line = re.compile(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? ([0-9.e+]+)", re.MULTILINE)
-        found = [float(value) for value in line.findall(text)]
-        return round(sum(found)) if found else None
+        found = line.findall(text)
+        try:
+            return round(sum(map(float, found))) if found else None
+        except (ValueError, OverflowError):
+            return None
 
     def failed(
         self, ending: Ending, text: str, retry: timedelta | None = None, **more: Any
@@ -413,11 +418,10 @@ class ChatEndpoint:
         if not text.strip():
             raise self.no_answer("an empty text", Ending.INCOMPLETE)
         milliseconds = round((self._clock() - said.started) * 1000)
-        usage = said.usage
-        if usage is None:
+        counts, source = said.usage, "reported"
+        # Nobody writes a text in no tokens, and to believe it would make the answer free.
+        if counts is None or counts[1] == 0:
             counts, source = await self._counted(prompt, text), "counted"
-        else:
-            counts, source = usage, "reported"
         return Completion(
             text=text,
             finish=cast(Any, said.finish),
@@ -460,7 +464,7 @@ def retry_after(response: httpx.Response) -> timedelta | None:
         return min(timedelta(seconds=int(text[:9])), LONGEST_RETRY)
     try:
         until = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     wait = until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)
     return min(max(wait, timedelta(0)), LONGEST_RETRY)
