@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,19 @@ def files(*rooms: str) -> list[Path]:
     return found
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes())
+
+
+@cache
+def imports(path: Path) -> tuple[tuple[int, str], ...]:
     """Every module a file imports, wherever in it: in functions and under TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(path.read_bytes())):
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -121,10 +132,10 @@ def test_only_the_configuration_reads_the_environment() -> None:
             continue
         wrong += [
             where(path, node.lineno, node.attr)
-            for node in ast.walk(ast.parse(path.read_bytes()))
+            for node in ast.walk(tree(path))
             if isinstance(node, ast.Attribute) and node.attr in ("getenv", "getenvb")
         ]
-        wrong += [where(path, line, "environ") for line in _reads_of_environ(ast.parse(path.read_bytes()))]
+        wrong += [where(path, line, "environ") for line in _reads_of_environ(tree(path))]
     assert wrong == []
 
 
@@ -146,7 +157,7 @@ def test_packages_hold_a_docstring_only() -> None:
     wrong = []
     for path in files(*SOURCE):
         if path.name == "__init__.py" and "migrations" not in path.parts:
-            body = ast.parse(path.read_bytes()).body
+            body = tree(path).body
             if len(body) != 1 or not isinstance(body[0], ast.Expr):
                 wrong.append(str(path.relative_to(ROOT)))
     assert wrong == []
@@ -165,7 +176,7 @@ def test_every_module_says_what_it_is() -> None:
     silent = [
         str(path.relative_to(ROOT))
         for path in files(*SOURCE)
-        if "versions" not in path.parts and not ast.get_docstring(ast.parse(path.read_bytes()))
+        if "versions" not in path.parts and not ast.get_docstring(tree(path))
     ]
     assert silent == []
 

@@ -8,12 +8,14 @@ import gzip
 import json
 import sqlite3
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from temporalio.client import WorkflowFailureError
 
 from activities.services.content import ContentStore
@@ -34,13 +36,16 @@ from models.visibility import Queue
 from scripts.commands.session import Session
 from temporal.client import Started, connect, submit
 from temporal.inbox import waiting
-from tests.conftest import Stack, a_key, free_port, note, settings_for, stack_of
+from tests.conftest import Stack, a_key, free_port, note, serving, settings_for, stack_of
 from tests.regional import Recorder, connections, process, stands
 from tests.shared import LIMIT
 from tests.test_agents_content import BRIEF, page
 
 MARK, UMLAUT, CONTROL = "quokkavelt", "zältweger", "wombatheim"
 """Two words of the region's, and one of the centre's by which it is seen that the search finds words."""
+
+
+ON_LAND = pytest.mark.asyncio(loop_scope="module")
 
 
 @dataclass
@@ -66,9 +71,9 @@ class Land:
             "external", json.dumps({"title": MARK, "actions": [action], "reasons": reasons})
         )
 
-    async def article(self) -> Started:
-        brief = BRIEF.replace("Winter hours of", f"Winter hours of {MARK},").replace(
-            "winter-hours", f"at-{MARK}"
+    async def article(self, place: str) -> Started:
+        brief = BRIEF.replace("Winter hours of", f"Winter hours of {MARK}, {place},").replace(
+            "winter-hours", f"{place}-{MARK}"
         )
         return await self.start(
             "content", brief.replace("In winter people", f"{UMLAUT} said so. In winter people")
@@ -107,24 +112,44 @@ def land_of(temporal: TemporalSettings, folder: Path) -> Settings:
     )
 
 
-@pytest.fixture
-async def land(temporal: TemporalSettings, tmp_path: Path) -> AsyncIterator[Land]:
+@asynccontextmanager
+async def landed(temporal: TemporalSettings, folder: Path) -> AsyncGenerator[Land]:
     for name in ("centre", "eu"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
     recorder = Recorder(temporal.address)
-    settings = land_of(temporal, tmp_path)
+    settings = land_of(temporal, folder)
     async with recorder.listening():
         way = temporal.model_copy(update={"address": f"127.0.0.1:{recorder.port}"})
-        there = settings.model_copy(update={"region": "eu", "data": tmp_path / "eu", "temporal": way})
+        there = settings.model_copy(update={"region": "eu", "data": folder / "eu", "temporal": way})
         async with stack_of(settings) as centre, stack_of(there, roles=()) as eu, process(there) as child:
-            yield Land(centre, eu, recorder, child.pid, tmp_path)
+            yield Land(centre, eu, recorder, child.pid, folder)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def land(temporal: TemporalSettings, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Land]:
+    """One for the tests to which it is no matter what else was told of there; its process starts slowly."""
+    async with landed(temporal, tmp_path_factory.mktemp("land")) as made:
+        yield made
+
+
+@pytest.fixture
+def temporal_alone(tmp_path: Path) -> Iterator[TemporalSettings]:
+    (tmp_path / "temporal").mkdir()
+    with serving(tmp_path / "temporal") as settings:
+        yield settings
+
+
+@pytest.fixture
+async def new_land(temporal_alone: TemporalSettings, tmp_path: Path) -> AsyncIterator[Land]:
+    """With a server of its own: two lands on one server would take each other's work."""
+    async with landed(temporal_alone, tmp_path) as made:
+        yield made
 
 
 async def test_no_byte_of_a_region_bound_text_leaves_the_processes_of_its_region(
-    land: Land, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+    new_land: Land, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = tmp_path_factory.getbasetemp().glob("temporal*/temporal.db")
-    [temporal] = {path.resolve().parent for path in found}
+    land, temporal = new_land, new_land.folder / "temporal"
     written = await land.note()
     digest = await land.eu.digest(written)
     assert connections(land.pid) == {land.recorder.port}
@@ -132,7 +157,7 @@ async def test_no_byte_of_a_region_bound_text_leaves_the_processes_of_its_region
     answered = await land.eu.answer(written, Kind.APPROVE, digest, comment=f"yes, {MARK}")
     assert answered.counted and (await written.handle.result()).status is Status.EXECUTED
 
-    published = await land.article()
+    published = await land.article("at")
     first = await land.eu.digest(published)
     await land.eu.answer(published, Kind.REVISE, first, comment=f"mention {UMLAUT}")
     await land.eu.answer(published, Kind.APPROVE, await land.eu.digest(published, 2))
@@ -195,17 +220,20 @@ def remembered(database: Path) -> int:
     return int(count)
 
 
+@ON_LAND
 async def test_what_is_remembered_of_a_region_is_recalled_there_and_nowhere_else(land: Land) -> None:
-    published = await land.article()
+    before = remembered(land.folder / "eu" / "region-eu.db")
+    published = await land.article("behind")
     await land.eu.approve(published)
     assert (await published.handle.result()).status is Status.EXECUTED
-    assert remembered(land.folder / "eu" / "region-eu.db") == 1
+    assert remembered(land.folder / "eu" / "region-eu.db") == before + 1
     assert remembered(land.folder / "centre" / "countersign.db") == 0
-    again = await land.article()
+    again = await land.article("behind")
     outcome = await again.handle.result()
     assert outcome.status is Status.CANCELLED and "stands at" in outcome.reason
 
 
+@ON_LAND
 async def test_the_centre_sees_that_a_run_waits_and_the_region_what_it_is_about(land: Land) -> None:
     run = await land.note()
     digest = await land.eu.digest(run)
@@ -224,8 +252,10 @@ async def test_the_centre_sees_that_a_run_waits_and_the_region_what_it_is_about(
     assert (seen["agent"], seen["title"], seen["digest"]) == ("external", "", "")
     known = await listed(land.eu)
     assert (known["title"], known["digest"]) == (MARK, digest)
+    await run.handle.terminate()
 
 
+@ON_LAND
 async def test_a_request_that_comes_to_the_wrong_place_is_refused_before_anything_is_kept(land: Land) -> None:
     async def refusal(queue: str, request: Request) -> str:
         # Workers open what comes in clear; what they answer is sealed by the keys of their own place.
