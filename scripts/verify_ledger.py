@@ -339,7 +339,8 @@ def doubted(event: Plain, signers: Signers) -> Doubt:
         name = f"SHA256:{b64encode(hashlib.sha256(key).digest()).decode().rstrip('=')}"
         flags, hardware, role = device[0] if device else 0, body.get("hardware", False), body.get("role")
     except (InvalidSignature, *UNREADABLE) as error:
-        return f"it is signed by no key of who is said to have answered: {type(error).__name__}: {error}", []
+        why = f"{type(error).__name__}: {error}"[:100]
+        return f"it is signed by no key of who is said to have answered: {why}", []
     reasons = (
         (name != body.get("key"), "it is signed by another key than the one recorded"),
         (hardware is not False and (hardware is not True or not device), "no security key signed it"),

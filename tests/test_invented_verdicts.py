@@ -150,6 +150,13 @@ def test_without_signers_the_report_says_what_it_did_not_look_at(place: Place, f
     assert "1 answers that call themselves signed were held against the signers given" in told
 
 
+def test_a_name_that_somebody_made_up_does_nothing_to_a_terminal(place: Place, file: str) -> None:
+    place.tell("invented", place.honest | {"approver": "e\x1b[2Jve"})
+    place.sign()
+    ran = run(place.settings, "ledger", "verify", "--signers", file)
+    assert ran.exit_code == 1 and "event 11: e" in ran.output and "\x1b" not in ran.output
+
+
 def test_a_file_that_is_missing_or_not_understood_is_refused(place: Place, tmp_path: Path) -> None:
     place.sign()
     (tmp_path / "bad").write_text("*@example.com cert-authority ssh-ed25519 AAAA\n")

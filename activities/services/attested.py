@@ -103,7 +103,7 @@ def _judged(event: Event, verdict: Verdict, signers: Signers) -> tuple[str | Non
     """What is wrong with a verdict by itself, and what cannot be told of it."""
     person = signers.of(verdict.approver)
     if person is None:
-        return f"{verdict.approver} is said to have signed, and the signers given do not name them", []
+        return f"{verdict.approver[:80]} is said to have signed, and is not named by the signers given", []
     key, why = signed_by(event.log_id, verdict, person, event.recorded_at)
     if key is None:
         return why, []

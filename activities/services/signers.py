@@ -50,12 +50,15 @@ class Signers:
     def __init__(self) -> None:
         """Nobody yet."""
         self._keys = dict[str, list[Key]]()
+        self._people = dict[str, Person]()
         self._spelled = dict[str, str]()
         self._lines = dict[bytes, Line]()
 
     def of(self, name: str) -> Person | None:
         """The person of that name."""
-        return Person(name=name, keys=tuple(self._keys[name])) if name in self._keys else None
+        if name in self._keys and name not in self._people:
+            self._people[name] = Person(name=name, keys=tuple(self._keys[name]))
+        return self._people.get(name)
 
     def line(self, key: Key) -> Line:
         """What stands beside a key."""
@@ -66,6 +69,7 @@ class Signers:
         if line.key.blob in self._lines:
             return "this key stands in an earlier line; name it once, with all its names"
         self._lines[line.key.blob] = line
+        self._people.clear()
         for name in line.names:
             if (other := self._spelled.setdefault(folded(name), name)) != name:
                 return f"{other} and {name} are one name; write it in one way"

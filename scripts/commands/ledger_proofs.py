@@ -31,6 +31,7 @@ from activities.services.notes import NoteKey, read_checkpoint
 from activities.services.signers import LARGEST, Signers, read_signers
 from activities.services.verifier import Report, Verifier, check_database
 from activities.services.witnesses import witnesses
+from models.card import visible
 from models.errors import InvalidInput
 from models.settings import Settings
 from scripts.commands.session import Json, Session, opened, said
@@ -262,8 +263,9 @@ def _told(report: Report, settings: Settings) -> Iterator[str]:
         yield f"{report.signatures} answers that call themselves signed were held against the signers given"
     if report.unchecked:
         yield f"{report.unchecked} answers call themselves signed; --signers FILE looks at their signatures"
-    yield from (f"event {one.seq}: {one.what}" for one in report.findings[:SHOWN])
-    yield from (f"not checked: {gap}" for gap in report.gaps[:SHOWN])
+    # What a made-up event says may hold what a terminal would obey.
+    yield from (visible(f"event {one.seq}: {one.what}") for one in report.findings[:SHOWN])
+    yield from (visible(f"not checked: {gap}") for gap in report.gaps[:SHOWN])
 
 
 def _read(path: Path) -> Iterator[Item]:
