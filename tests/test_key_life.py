@@ -14,15 +14,16 @@ import pytest
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
-from activities.services.checkpoints import KEY_FILE, Checkpoints, load_key
+from activities.services.checkpoints import KEY_FILE, Checkpoints, _keep, load_key, tree_of
 from activities.services.content import ContentStore, guard
 from activities.services.database import Database
 from activities.services.key_life import handed_over, log_rotation
 from activities.services.ledger_export import of_database, of_lines, to_lines
 from activities.services.ledger_store import LedgerStore
-from activities.services.notes import NoteKey
+from activities.services.notes import NoteKey, checkpoint_text, sign
 from activities.services.vault import load_keys
 from activities.services.verifier import Verifier
+from models.errors import LedgerBroken
 from models.ledger import EventType
 from models.people import Key, Person
 from models.settings import (
@@ -168,7 +169,10 @@ async def test_nobody_hands_over_a_key_that_is_not_theirs(place: Place, signatur
         del body["by_old"]
     database = place.opened()
     await database.write(lambda link: log_rotation(link, TENANT, "eve", NOW, body))
-    await Checkpoints(database, thief, "countersign").write(TENANT)
+    by_thief = NoteKey(name, thief.public_key().public_bytes_raw())
+    tree = await database.read(lambda link: tree_of(link, TENANT, name))
+    note = sign(checkpoint_text(tree), by_thief, thief)
+    await database.write(lambda link: _keep(link, TENANT, tree, note, by_thief))
     lines = await database.read(lambda link: list(to_lines(of_database(link, TENANT, name))))
     await asyncio.to_thread(database.close)
     assert codes(place, lines, key) == {1}
@@ -211,6 +215,34 @@ async def test_the_doctor_looks_at_key_files(place: Place) -> None:
     )
     assert (await place.health(encryption=elsewhere))["key k1"][0] is Health.FAILED
     assert (await place.health(encryption=EncryptionSettings()))["encryption"][0] is Health.ABSENT
+
+
+async def test_a_key_made_in_the_place_of_one_that_is_gone_signs_nothing(place: Place) -> None:
+    lines, _ = await exported(place)
+    kept = (place.folder / KEY_FILE).read_bytes()
+    (place.folder / KEY_FILE).unlink()
+    database = place.opened()
+    await fill(database, 1, first=2)
+    with pytest.raises(LedgerBroken, match="restore"):
+        await Checkpoints(database, load_key(place.folder), "countersign").write(TENANT)
+    assert (await place.run("ledger", "rotate")).exit_code != 0
+    (place.folder / KEY_FILE).write_bytes(kept)
+    written = await Checkpoints(database, load_key(place.folder), "countersign").write(TENANT)
+    await asyncio.to_thread(database.close)
+    assert written is not None and written.size > len(lines) // 2
+    assert (await place.run("ledger", "verify")).exit_code == 0
+
+
+async def test_who_runs_since_before_a_rotation_goes_on_signing_with_the_old_key(place: Place) -> None:
+    old = load_key(place.folder)
+    for _ in range(2):
+        await place.said("ledger", "rotate")
+    database = place.opened()
+    for number, key in enumerate((old, load_key(place.folder), old), 2):
+        await fill(database, 1, first=number)
+        assert await Checkpoints(database, key, "countersign").write(TENANT) is not None
+    await asyncio.to_thread(database.close)
+    assert (await place.run("ledger", "verify")).exit_code == 0
 
 
 async def test_the_doctor_finds_checkpoints_of_another_key(place: Place) -> None:

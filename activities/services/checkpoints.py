@@ -23,6 +23,7 @@ from activities.services.cosignatures import with_lines
 from activities.services.cosigning import Alert, Cosigning, RemoteCosigner, cosignatures
 from activities.services.database import Database, insert_for
 from activities.services.key_files import private_key
+from activities.services.key_life import relatives
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.witnesses import Witness
@@ -154,8 +155,14 @@ class Checkpoints:
             return None
         if last is not None:
             continues(link, tenant, last)
-            if read_checkpoint(last) == tree and is_signed(last, [key]):
-                return tree, last
+            if is_signed(last, [key]):
+                if read_checkpoint(last) == tree:
+                    return tree, last
+            elif not is_signed(last, relatives(link, tenant, key)):
+                raise LedgerBroken(
+                    f"log {tenant} was signed by another key than {key}, and nothing says that this one "
+                    f"follows; restore {KEY_FILE} from its backup and restart, nothing is signed until then"
+                )
         return tree, sign(checkpoint_text(tree), key, self._private)
 
     async def _held(self, key: NoteKey) -> tuple[dict[str, str], tuple[str, ...]]:

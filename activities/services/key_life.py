@@ -147,6 +147,16 @@ def predecessors(link: Connection, tenant: str, key: NoteKey) -> list[NoteKey]:
     return list(_back(key, [entry.body for entry in reversed(entries)]))
 
 
+def relatives(link: Connection, tenant: str, key: NoteKey) -> list[NoteKey]:
+    """The keys before this one and after it; whoever runs since before a rotation signs with an older one."""
+    after = [key]
+    for entry in entries_in(link, tenant, f"keys/{LEDGER}"):
+        with suppress(InvalidInput):
+            found = successor(entry.body, after[-1:])
+            after += [] if found is None else [found]
+    return [*predecessors(link, tenant, key), *after[1:]]
+
+
 def _back(key: NoteKey, bodies: Iterable[Plain]) -> Iterator[NoteKey]:
     for body in bodies:
         if body.get("new") == str(key) and _signed(key, body, "by_new"):
