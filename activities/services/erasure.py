@@ -265,7 +265,7 @@ class Erasure:
 def _ordered(connection: Connection, tenant: str, subject: str) -> set[str] | None:
     """What orders without a receipt name; `None` if there is none.
 
-    All that went may be gone already, but for the proof and for papers, which are known by what they speak of.
+    All that went may be gone already, but for the proof and for papers, which go by what they speak of.
     """
     entries = entries_in(connection, tenant, f"erasure/{subject_id(tenant, subject)}")
     open_ = list(takewhile(lambda one: one.type is EventType.ERASURE_ORDER, reversed(entries)))
