@@ -94,6 +94,6 @@ def _on_time(now: datetime) -> None:
     off = now - activity.info().started_time
     if not -BEHIND <= off <= AHEAD:
         raise ConnectorUnavailable(
-            f"clock: this machine's is {off.total_seconds():+.0f} s off Temporal's, nothing is done here; set it",
+            f"clock: it is {off.total_seconds():+.0f} s off Temporal's, so nothing is done here; set it",
             next_retry_delay=timedelta(seconds=1),
         )
