@@ -116,13 +116,15 @@ class WeaviateVectors:
             InvalidInput: the query is no unit vector of the right size.
             MemoryUnavailable: Weaviate is away.
         """
-        checked = unit_vector(query, self._dimensions)
+        checked, mine = unit_vector(query, self._dimensions), shard_name(tenant)
+        async with self._asking():
+            # First of all, for where the index is not there any more there is everything to follow again.
+            collection = await self._of(model)
         await self.follow(model)
         async with self._asking():
-            collection = await self._of(model)
-            if not await collection.tenants.exists(tenant):
-                return []
-            answer = await collection.with_tenant(tenant).query.near_vector(
+            if not await collection.tenants.exists(mine):
+                return await self._nothing(tenant, model)
+            answer = await collection.with_tenant(mine).query.near_vector(
                 near_vector=checked.tolist(),
                 limit=limit,
                 filters=_filters(kinds, when),
@@ -197,14 +199,11 @@ class WeaviateVectors:
         Raises:
             MemoryUnavailable: Weaviate is away.
         """
-        async with self._following:
-            async with self._asking():
-                await self._connect()
-                await self._client.collections.delete(collection_name(model))
+        async with self._following, self._asking():
+            await self._connect()
+            await self._client.collections.delete(collection_name(model))
             self._ready.discard(model)
-            await self._database.write(
-                lambda link: link.execute(update(CURSOR).where(*_cursor(model)).values(position=0))
-            )
+            await self._of(model)
         return await self.follow(model)
 
     async def delete(self, tenant: str, model: str, record_ids: Iterable[str]) -> None:
@@ -213,13 +212,13 @@ class WeaviateVectors:
         Raises:
             MemoryUnavailable: Weaviate is away or did not remove all of them.
         """
-        ids = list(record_ids)
+        ids, shard = list(record_ids), shard_name(tenant)
         async with self._asking():
             collection = await self._of(model)
-            if not ids or not await collection.tenants.exists(tenant):
+            if not ids or not await collection.tenants.exists(shard):
                 return
-            await collection.tenants.activate(tenant)
-            mine = collection.with_tenant(tenant)
+            await collection.tenants.activate(shard)
+            mine = collection.with_tenant(shard)
             for start in range(0, len(ids), BATCH):
                 part = [_object_id(tenant, one) for one in ids[start : start + BATCH]]
                 answer = await mine.data.delete_many(where=Filter.by_id().contains_any(part))
@@ -236,6 +235,12 @@ class WeaviateVectors:
         """
         there = await self._there(tenant, model)
         return sum(one in there for one in record_ids)
+
+    async def _nothing(self, tenant: str, model: str) -> list[Near]:
+        """What a tenant finds that Weaviate does not know."""
+        if await self._database.read(lambda link: _positions(link, tenant, model)):
+            raise MemoryUnavailable("weaviate: it holds nothing of a tenant that has records; rebuild it")
+        return []
 
     async def _write(self, model: str, rows: Sequence[Row[Any]]) -> None:
         full: dict[str, list[Row[Any]]] = defaultdict(list)
@@ -254,7 +259,7 @@ class WeaviateVectors:
         # An object that came to the disk without its vector, in a crash, is skipped when it comes again.
         await self.delete(tenant, model, [row.record_id for row in rows])
         async with self._asking():
-            collection = (await self._of(model)).with_tenant(tenant)
+            collection = (await self._of(model)).with_tenant(shard_name(tenant))
             answer = await collection.data.insert_many([_object(row) for row in rows])
             # A batch that failed in part raises nothing.
             if answer.has_errors:
@@ -268,7 +273,7 @@ class WeaviateVectors:
         """Which records a search finds; a filter that leaves few has every vector in the index compared."""
         found: set[str] = set()
         async with self._asking():
-            collection = (await self._of(model)).with_tenant(tenant)
+            collection = (await self._of(model)).with_tenant(shard_name(tenant))
             for start in range(0, len(positions), BATCH):
                 part = positions[start : start + BATCH]
                 answer = await collection.query.near_vector(
@@ -283,10 +288,10 @@ class WeaviateVectors:
 
     async def _there(self, tenant: str, model: str) -> dict[str, int]:
         async with self._asking():
-            collection = await self._of(model)
-            if not await collection.tenants.exists(tenant):
+            collection, mine = await self._of(model), shard_name(tenant)
+            if not await collection.tenants.exists(mine):
                 return {}
-            objects = collection.with_tenant(tenant).iterator(return_properties=["record_id", "position"])
+            objects = collection.with_tenant(mine).iterator(return_properties=["record_id", "position"])
             return {
                 str(one.properties["record_id"]): int(str(one.properties["position"]))
                 async for one in objects
@@ -297,6 +302,9 @@ class WeaviateVectors:
         if model not in self._ready:
             if not await self._client.collections.exists(collection_name(model)):
                 await self._create(model)
+                # Whoever lost it, whatever was followed into it is lost too.
+                again = update(CURSOR).where(*_cursor(model)).values(position=0)
+                await self._database.write(lambda link: link.execute(again))
             self._ready.add(model)
         return self._client.collections.use(collection_name(model))
 
@@ -318,6 +326,8 @@ class WeaviateVectors:
             yield
         except (WeaviateBaseError, OSError, MemoryUnavailable) as error:
             self._lost = True
+            # It may come back without what was there.
+            self._ready.clear()
             if isinstance(error, MemoryUnavailable):
                 raise
             text = str(error).splitlines()[0][:200] if str(error) else ""
@@ -356,6 +366,11 @@ async def _settle(collection: Any, one: uuid.UUID) -> None:
 def collection_name(model: str) -> str:
     """The collection that holds the vectors of a model."""
     return f"Memory_{sha256(model.encode())[:16]}"
+
+
+def shard_name(tenant: str) -> str:
+    """What a tenant is called in Weaviate, which takes no dots; no other tenant begins with a capital."""
+    return tenant if "." not in tenant else f"T{sha256(tenant.encode())[:32]}"
 
 
 def _object_id(tenant: str, record_id: str) -> uuid.UUID:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -49,12 +50,12 @@ def leases(database: Database, holder: str = "test") -> Leases:
     return Leases(database, holder, lambda: datetime.now(UTC))
 
 
-def fill(database: Database, first: int, count: int) -> None:
+def fill(database: Database, first: int, count: int, tenant: str = "one") -> None:
     generator = np.random.default_rng(first)
     matrix = generator.standard_normal((count, SIZE)).astype(np.float32)
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     blank = dict(title="", text_digest="", text_size=0, media_type="", source="", data_class="internal")
-    names = [dict(tenant="one", record_id=f"r{n:05}", position=n) for n in range(first, first + count)]
+    names = [dict(tenant=tenant, record_id=f"r{n:05}", position=n) for n in range(first, first + count)]
     memories = [name | blank | dict(kind="post", recorded_at=1, links="[]") for name in names]
     vectors = [
         name | dict(model=MODEL, vector=row.tobytes()) for name, row in zip(names, matrix, strict=True)
@@ -126,6 +127,57 @@ async def test_an_object_whose_vector_is_gone_counts_as_missing_and_is_repaired(
         await store.delete("one", MODEL, [properties["record_id"]])
         await collection.data.insert(properties, uuid=found.objects[0].uuid)
         assert (await store.repair("one", MODEL)).missing == (properties["record_id"],)
+        assert not await store.diff("one", MODEL)
+
+
+@pytest.mark.parametrize("tenant", ["a", "acme.com", "a.b-c_d", "x" * 63])
+async def test_any_name_of_a_tenant_is_one_in_the_index_and_holds_up_nobody(server, database, tenant):
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        fill(database, 1, 3, tenant)
+        fill(database, 4, 2)
+        assert await store.follow(MODEL) == 5
+        for of, count in ((tenant, 3), ("one", 2), (tenant.replace(".", "-") + "0", 0)):
+            assert len(await store.nearest(of, MODEL, [1.0, *[0.0] * (SIZE - 1)], (), 9)) == count
+        assert not await store.diff(tenant, MODEL)
+        await store.delete(tenant, MODEL, ["r00001"])
+        assert await store.held(tenant, MODEL, ["r00001", "r00002"]) == 1
+        assert (await store.repair(tenant, MODEL)).missing == ("r00001",)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_a_weaviate_that_comes_back_empty_is_filled_again_and_never_says_there_is_nothing(
+    server, database, whole
+):
+    asked = [1.0, *[0.0] * (SIZE - 1)]
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        fill(database, 1, 3)
+        assert len(await store.nearest("one", MODEL, asked, (), 9)) == 3
+        if whole:
+            server.kill()
+            shutil.rmtree(server.folder)
+            server.start()
+        else:
+            await client.collections.use(collection_name(MODEL)).tenants.remove(["one"])
+        with pytest.raises(MemoryUnavailable):
+            await store.nearest("one", MODEL, asked, (), 9)
+        if not whole:
+            await store.rebuild(MODEL)
+        assert len(await store.nearest("one", MODEL, asked, (), 9)) == 3
+        assert not await store.diff("one", MODEL)
+
+
+async def test_a_process_that_starts_beside_an_emptied_weaviate_fills_it_before_it_searches(server, database):
+    fill(database, 1, 3)
+    async with connected(server.settings) as client:
+        await WeaviateVectors(database, client, leases(database), SIZE).follow(MODEL)
+    server.kill()
+    shutil.rmtree(server.folder)
+    server.start()
+    async with connected(server.settings) as client:
+        store = WeaviateVectors(database, client, leases(database), SIZE)
+        assert len(await store.nearest("one", MODEL, [1.0, *[0.0] * (SIZE - 1)], (), 9)) == 3
         assert not await store.diff("one", MODEL)
 
 
