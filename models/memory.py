@@ -24,8 +24,6 @@ Line = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 
 NEAR_DUPLICATE = 0.95
 """Cosine from which two records of one scope are proposed for merging; nothing is ever merged by itself."""
-INDEPENDENT = 2
-"""So many sources that do not rest on each other make a fact out of what a model inferred."""
 
 
 class Sort(StrEnum):

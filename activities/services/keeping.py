@@ -25,7 +25,6 @@ from activities.services.words import drop_words, put_words
 from models.canonical import sha256, subject_id
 from models.errors import Final, InvalidInput, KeyDestroyed, UnknownName
 from models.memory import (
-    INDEPENDENT,
     Cause,
     Keeping,
     Kept,
@@ -57,6 +56,8 @@ FILLER = frozenset(
 GROUNDED = 0.5
 """Share of a text's longer words that must stand in what it was inferred from."""
 PERSON = "person"
+LASTING = (Standing.EXPIRED, Standing.QUARANTINED)
+"""Time changes nothing about these; what was quarantined stays so until a person promotes it."""
 
 
 def keep(connection: Connection, memo: Memo, now: datetime, cause: Cause | None = None) -> bool:
@@ -87,10 +88,13 @@ def take(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> Kee
     reason = reason or _junk(connection, memo, text, cause.run)
     if reason:
         return Keeping(what=Kept.JUNK, record_id=memo.record_id, reason=reason)
-    _support(connection, memo, event, _basis(memo, cause.run, event), now)
-    if row is not None and row.standing != Standing.EXPIRED:
-        return _confirm(connection, memo, row, now)
+    basis = _basis(connection, memo, cause.run, event)
+    _support_row(connection, memo.tenant, memo.record_id, event, basis, now)
+    if row is not None and not _is_over(row, now):
+        return _confirm(connection, memo, row, basis, now)
     if row is not None:
+        # Whether it was swept already must not matter.
+        _end(connection, row.tenant, row.record_id, row.position)
         connection.execute(delete(MEMORY).where(*_mine(memo.tenant, memo.record_id)))
     standing = first_standing(memo)
     connection.execute(insert(MEMORY).values(**_row(memo, event, standing, now) | sealed, position=position))
@@ -148,17 +152,14 @@ def sweep(connection: Connection, now: datetime, limit: int = 500) -> int:
     """Take records that have expired out of the indexes; how many. No answer depends on it."""
     due = (
         select(MEMORY.c.tenant, MEMORY.c.record_id, MEMORY.c.position)
-        .where(MEMORY.c.standing != Standing.EXPIRED, MEMORY.c.expires_at <= to_micros(now))
+        .where(MEMORY.c.standing.not_in(LASTING), MEMORY.c.expires_at <= to_micros(now))
         .where(MEMORY.c.forgotten_at.is_(None))
         .order_by(MEMORY.c.position)
         .limit(limit)
     )
     rows = connection.execute(due).all()
     for row in rows:
-        values = dict(standing=Standing.EXPIRED, active_at=NEVER)
-        connection.execute(update(MEMORY).where(*_mine(row.tenant, row.record_id)).values(**values))
-        drop_words(connection, row.position)
-        empty_vectors(connection, row.tenant, row.record_id)
+        _end(connection, row.tenant, row.record_id, row.position)
     old = to_micros(now - GIVEN_KEPT)
     connection.execute(delete(GIVEN).where(GIVEN.c.given_at < old, GIVEN.c.run != ""))
     return len(rows)
@@ -176,6 +177,18 @@ def forget(connection: Connection, tenant: str, record_id: str, now: datetime) -
     drop_words(connection, row.position)
     empty_vectors(connection, tenant, record_id)
     return True
+
+
+def _is_over(row: Row[Any], now: datetime) -> bool:
+    over = row.standing not in LASTING and row.expires_at <= to_micros(now)
+    return over or row.standing == Standing.EXPIRED
+
+
+def _end(connection: Connection, tenant: str, record_id: str, position: int) -> None:
+    values = dict(standing=Standing.EXPIRED, active_at=NEVER)
+    connection.execute(update(MEMORY).where(*_mine(tenant, record_id)).values(**values))
+    drop_words(connection, position)
+    empty_vectors(connection, tenant, record_id)
 
 
 def _mine(tenant: str, record_id: str) -> tuple[Any, Any]:
@@ -283,17 +296,18 @@ def _told(connection: Connection, memo: Memo, event: str) -> bool:
     )
 
 
-def _basis(memo: Memo, run: str, event: str) -> str:
-    """What a source rests on; two that rest on the same are one."""
+def _basis(connection: Connection, memo: Memo, run: str, event: str) -> str:
+    """What a source rests on, a line for each; two that have one in common are one source."""
     if memo.origin is Origin.HUMAN:
         return PERSON
-    if memo.grounds:
-        return sha256("\n".join(sorted(ref.digest for ref in memo.grounds)).encode())
-    return f"run:{run}" if run else f"event:{event}"
-
-
-def _support(connection: Connection, memo: Memo, event: str, basis: str, now: datetime) -> None:
-    _support_row(connection, memo.tenant, memo.record_id, event, basis, now)
+    if not memo.grounds:
+        return f"run:{run}" if run else f"event:{event}"
+    digests = sorted(ref.digest for ref in memo.grounds)
+    # What every run is shown grounds nothing; and how a text is laid out or punctuated makes no second one.
+    new = set(digests) - set(_given(connection, memo.tenant, run))
+    texts = {sha256(" ".join(_words(one)).encode()) for one in _texts(connection, memo.tenant, sorted(new))}
+    # The last line is what earlier versions wrote instead of all.
+    return "\n".join([*sorted(texts), sha256("\n".join(digests).encode())])
 
 
 def _support_row(
@@ -304,11 +318,11 @@ def _support_row(
     connection.execute(kind(SUPPORT).values(**values).on_conflict_do_nothing())
 
 
-def _confirm(connection: Connection, memo: Memo, row: Row[Any], now: datetime) -> Keeping:
+def _confirm(connection: Connection, memo: Memo, row: Row[Any], basis: str, now: datetime) -> Keeping:
     """Another source says the same: renew it, and let it count once two independent ones agree."""
     standing = Standing(row.standing)
     values: dict[str, Any] = dict(expires_at=_renewed(row, now))
-    if standing is Standing.PROPOSED and _established(connection, memo):
+    if standing is Standing.PROPOSED and _established(connection, memo, basis):
         standing = Standing.ACTIVE
         values |= dict(standing=standing.value, active_at=to_micros(now))
     _change(connection, memo.tenant, memo.record_id, values)
@@ -320,10 +334,12 @@ def _renewed(row: Row[Any], now: datetime) -> int:
     return NEVER if lifetime is None else max(row.expires_at, to_micros(now + lifetime))
 
 
-def _established(connection: Connection, memo: Memo) -> bool:
+def _established(connection: Connection, memo: Memo, basis: str) -> bool:
+    """Whether a person agreed, or a source that has nothing in common with this one."""
     mine = (SUPPORT.c.tenant == memo.tenant, SUPPORT.c.record_id == memo.record_id)
     bases = set(connection.execute(select(SUPPORT.c.basis).where(*mine)).scalars())
-    return PERSON in bases or len(bases) >= INDEPENDENT
+    rests_on = set(basis.splitlines())
+    return PERSON in bases or any(rests_on.isdisjoint(one.splitlines()) for one in bases)
 
 
 # Junk: what was shown, and what was made up.
