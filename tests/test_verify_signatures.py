@@ -13,12 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from activities.services.attested import Attested
 from activities.services.identities import statement_of
 from activities.services.signatures import fingerprint
+from activities.services.signers import read_signers
 from models.answers import Answer, Identity, Kind, recorded
-from models.ledger import EventType
+from models.ledger import Event, EventType
 from models.loop import Assurance
 from models.people import NAMESPACE
+from scripts import verify_ledger
 from tests.devices import ECDSA, ED25519, Device
 from tests.ledgers import NOW
 from tests.test_people import public
@@ -257,6 +260,20 @@ def test_a_signature_by_another_key_for_another_purpose_or_tenant_is_found(
         answer(keys["ann"]) | {"signature": bobs["signature"]},
     ):
         assert said(body)[:2] == (1, AT)
+
+
+def test_what_was_signed_for_the_tenant_of_a_log_counts_there(keys: dict[str, Path], tmp_path: Path) -> None:
+    plain = event(EventType.VERDICT, answer(keys["ann"], tenant="other")) | {"log_id": "other"}
+    [stands] = placed([plain])
+    assert isinstance(stands, dict)
+    file = tmp_path / "signers"
+    file.write_bytes(signers(keys))
+    for tenant, good in (("other", True), (TENANT, False)):
+        one = stands | {"log_id": tenant}
+        followed = Attested(read_signers(file.read_bytes()))
+        found = list(followed.take(Event.model_validate(one | {"leaf_hash": "0" * 64})))
+        assert (found == []) == good
+        assert (verify_ledger.doubted(one, verify_ledger.read_signers(str(file)))[0] == "") == good
 
 
 def test_a_signed_answer_of_somebody_whom_nobody_named_is_found(said: Say, keys: dict[str, Path]) -> None:
