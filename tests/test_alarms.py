@@ -21,10 +21,9 @@ from activities.services.watching import keep_watch, watch
 from activities.services.witnesses import FileWitness
 from models.channels import TerminalSettings
 from models.errors import Unavailable
-from models.ledger import Draft, EventType
 from models.notices import Told
 from models.settings import LedgerSettings, Settings
-from tests.test_checkpoints import PRIVATE
+from tests.ledgers import PRIVATE, asked, unguard, wipe
 
 BROKEN = Alarm("acme", "log_broken", "", "it was cut")
 
@@ -59,24 +58,12 @@ def checkpoints(database: Database, folder: Path) -> Checkpoints:
 
 async def happen(database: Database, tenant: str, count: int) -> None:
     for number in range(count):
-        draft = Draft(
-            event_id=f"{tenant}-{number}",
-            stream="s",
-            type=EventType.REQUEST,
-            actor_kind="system",
-            actor_ref="test",
-            correlation_id="s",
-        )
-        await LedgerStore(database, Clock()).add(tenant, draft)
+        await LedgerStore(database, Clock()).add(tenant, asked(f"{tenant}-{number}"))
 
 
 def lose(database: Database, tenant: str) -> None:
-    """As somebody would who may do anything with the database."""
     with database.engine.begin() as link:
-        for name in ("event", "merkle_node", "checkpoint"):
-            link.execute(text(f"DROP TRIGGER IF EXISTS {name}_no_delete"))
-            link.execute(text(f"DELETE FROM {name} WHERE log_id = :of"), {"of": tenant})
-        link.execute(text("DELETE FROM log_head WHERE log_id = :of"), {"of": tenant})
+        wipe(link, tenant=tenant)
 
 
 async def test_a_log_that_is_gone_is_an_alarm_and_the_others_are_signed(
@@ -118,11 +105,51 @@ async def test_an_event_that_was_changed_long_ago_is_an_alarm_though_nobody_asks
     await happen(database, "acme", 3)
     assert await watch(signing, scrub) == []
     with database.engine.begin() as link:
-        link.execute(text("DROP TRIGGER event_no_update"))
+        unguard(link)
         link.execute(text("UPDATE event SET type = 'receipt' WHERE seq = 2"))
     for _ in range(2):
         [alarm] = await watch(signing, scrub)
         assert (alarm.kind, alarm.text.split(":")[0]) == ("log_broken", "log acme, event 2")
+
+
+async def test_a_database_with_a_torn_page_is_an_alarm_and_one_that_is_only_away_is_none(
+    database: Database, tmp_path: Path
+) -> None:
+    await happen(database, "acme", 40)
+    with database.engine.connect() as link:
+        link.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        page = link.exec_driver_sql("SELECT rootpage FROM sqlite_master WHERE name = 'event'").scalar_one()
+        size = link.exec_driver_sql("PRAGMA page_size").scalar_one()
+    database.engine.dispose()
+    file = tmp_path / "countersign.db"
+    with file.open("r+b") as pages:
+        pages.seek((page - 1) * size)
+        pages.write(b"\xff" * size)
+    [alarm] = await watch(checkpoints(database, tmp_path), Scrub(database))
+    assert (alarm.kind, "malformed" in alarm.text) == ("log_broken", True)
+    database.engine.dispose()
+    for path in tmp_path.glob("countersign.db*"):
+        path.unlink()
+    file.mkdir()
+    assert await watch(checkpoints(database, tmp_path), Scrub(database)) == []
+
+
+async def test_the_watch_outlives_whatever_goes_wrong_in_a_round(tmp_path: Path) -> None:
+    stop, rounds = asyncio.Event(), list[int]()
+
+    class Odd(Checkpoints):
+        def __init__(self) -> None:
+            pass
+
+        async def tenants(self) -> tuple[str, ...]:
+            rounds.append(len(rounds))
+            if len(rounds) == 3:
+                stop.set()
+            raise RuntimeError("never thought of")
+
+    async with asyncio.timeout(20):
+        await keep_watch(Odd(), Scrub(Database("sqlite://")), Alarms({}, Clock()), 0, stop)
+    assert len(rounds) in (3, 4)
 
 
 async def test_an_alarm_is_told_once_while_it_lasts_however_its_text_goes_on() -> None:

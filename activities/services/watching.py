@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from contextlib import suppress
 
 from sqlalchemy.exc import DBAPIError
@@ -19,6 +20,10 @@ from models.errors import CountersignError, LedgerBroken
 
 BROKEN = "log_broken"
 """The word for a log that does not continue what was signed, or does not hold together."""
+EVERYBODY = "all tenants"
+TORN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+TORN_STATES = ("XX001", "XX002")
+"""PostgreSQL: data_corrupted, index_corrupted."""
 log = logging.getLogger(__name__)
 
 
@@ -28,7 +33,11 @@ async def keep_watch(
     """Sign every log and look at a part of it each `seconds`, until stopped, and once more then."""
     log.info("ledger: a checkpoint every %s seconds; later events are not yet witnessed", seconds)
     while True:
-        await alarms.tell(await watch(checkpoints, scrub))
+        try:
+            await alarms.tell(await watch(checkpoints, scrub))
+        except Exception as error:
+            # The loop must outlive any fault: without it nothing is signed, and nobody would know.
+            log.error("no checkpoint (%s: %s)", type(error).__name__, error)
         if stop.is_set():
             return
         with suppress(TimeoutError):
@@ -42,8 +51,20 @@ async def watch(checkpoints: Checkpoints, scrub: Scrub) -> list[Alarm]:
         for tenant in await checkpoints.tenants():
             found += await _look_after(checkpoints, scrub, tenant)
     except DBAPIError as error:
-        log.warning("no checkpoint: %s", error)
+        found += _unread(error)
     return found
+
+
+def _unread(error: DBAPIError) -> list[Alarm]:
+    """A database that is away comes back by itself; one whose pages are torn does not."""
+    code = getattr(error.orig, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+    state = getattr(error.orig, "sqlstate", None)
+    if code not in TORN and state not in TORN_STATES:
+        log.warning("no checkpoint: %s", error)
+        return []
+    log.error("the database cannot be read: %s", error.orig)
+    text = f"the database cannot be read: {error.orig}; stop all workers, restore it"
+    return [Alarm(EVERYBODY, BROKEN, "", text)]
 
 
 async def _look_after(checkpoints: Checkpoints, scrub: Scrub, tenant: str) -> list[Alarm]:
