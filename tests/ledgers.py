@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Connection, text
 
 from activities.services.content import put_blob, put_model
 from activities.services.database import Database
@@ -29,7 +30,38 @@ from models.loop import (
 
 TENANT = "default"
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
+PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+LOG = ("event", "merkle_node", "checkpoint")
+"""Tables of which nothing may be changed or deleted."""
 Step = tuple[EventType, dict[str, Any]]
+
+
+def unguard(link: Connection, *tables: str) -> None:
+    """Do away with what keeps tables from being changed, as whoever has the database can."""
+    for table in tables or LOG:
+        for change in ("update", "delete"):
+            link.execute(text(f"DROP TRIGGER IF EXISTS {table}_no_{change}"))
+
+
+def wipe(link: Connection, *tables: str, tenant: str = TENANT) -> None:
+    """Take a log away, and with it what these tables hold of it."""
+    tables = tables or LOG
+    unguard(link, *tables)
+    for table in (*tables, "log_head"):
+        link.execute(text(f"DELETE FROM {table} WHERE log_id = :log"), {"log": tenant})
+
+
+def asked(event_id: str, stream: str = "s", **body: Any) -> Draft:
+    """An event of no run."""
+    return Draft(
+        event_id=event_id,
+        stream=stream,
+        type=EventType.REQUEST,
+        actor_kind="system",
+        actor_ref="test",
+        correlation_id=stream,
+        body=body,
+    )
 
 
 def intent_of(link: Connection, run: str, gate: GateRule, reversibility: Reversibility) -> tuple[Intent, str]:

@@ -6,8 +6,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, select
 
 from activities.connectors.null import Null
 from activities.services.actor import Actor
@@ -22,9 +21,8 @@ from models.errors import ConnectorUnavailable, InvalidInput, LedgerBroken
 from models.loop import GateRule, Reversibility
 from models.orders import EffectOrder
 from models.policy import AgentPolicy, Policy
-from tests.ledgers import NOW, TENANT, fill, intent_of, record, whole
+from tests.ledgers import NOW, PRIVATE, TENANT, fill, intent_of, record, whole, wipe
 
-PRIVATE = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 KEY = NoteKey("countersign/default", PRIVATE.public_key().public_bytes_raw())
 TREE = Tree("countersign/default", 7, bytes(32))
 
@@ -188,10 +186,7 @@ async def test_a_cut_log_is_not_signed_again(database: Database, tmp_path: Path)
     await fill(database, 2)
     await checkpoints.write(TENANT)
     with database.engine.begin() as link:
-        for name in ("event", "merkle_node", "checkpoint"):
-            link.execute(text(f"DROP TRIGGER {name}_no_delete"))
-            link.execute(text(f"DELETE FROM {name}"))
-        link.execute(text("DELETE FROM log_head"))
+        wipe(link)
     await fill(database, 1)
     with pytest.raises(LedgerBroken, match="has 7 events, 14 were signed"):
         await checkpoints.write(TENANT)
@@ -202,10 +197,7 @@ async def test_a_rewritten_log_is_not_signed_again(database: Database, tmp_path:
     await fill(database, 2)
     await checkpoints.write(TENANT)
     with database.engine.begin() as link:
-        for name in ("event", "merkle_node", "checkpoint"):
-            link.execute(text(f"DROP TRIGGER {name}_no_delete"))
-            link.execute(text(f"DELETE FROM {name}"))
-        link.execute(text("DELETE FROM log_head"))
+        wipe(link)
     await fill(database, 3, first=1)
     with pytest.raises(LedgerBroken, match="does not continue the 14 events"):
         await checkpoints.write(TENANT)

@@ -20,11 +20,10 @@ from activities.services.ledger_store import add_all_in
 from activities.services.merkle import leaf_hash
 from activities.services.scrubbing import Scrub, check_slice
 from models.errors import LedgerBroken
-from models.ledger import Draft, EventType
 from tests.databases import migrated
+from tests.ledgers import asked, unguard
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
-GUARDED = ("event", "merkle_node")
 COLUMNS = ("event_id", "stream", "version", "type", "correlation_id", "recorded_at", "leaf_hash")
 MOST = 45
 
@@ -41,23 +40,10 @@ def log_of(size: int) -> Iterator[Database]:
     with tempfile.TemporaryDirectory() as folder:
         url = migrated(f"sqlite:///{Path(folder) / 'ledger.db'}")
         database = Database(url)
-        drafts = [
-            Draft(
-                event_id=f"e{number}",
-                stream=f"s{number % 3}",
-                type=EventType.REQUEST,
-                actor_kind="system",
-                actor_ref="test",
-                correlation_id="c",
-                body={"number": number},
-            )
-            for number in range(size)
-        ]
+        drafts = [asked(f"e{number}", f"s{number % 3}", number=number) for number in range(size)]
         with database.engine.begin() as link:
             add_all_in(link, [("acme", draft) for draft in drafts], NOW)
-            for name in GUARDED:
-                for kind in ("update", "delete"):
-                    link.execute(text(f"DROP TRIGGER {name}_no_{kind}"))
+            unguard(link)
         yield database
         database.close()
 
@@ -145,15 +131,7 @@ async def test_a_log_that_grows_meanwhile_is_no_matter() -> None:
         scrub = Scrub(database)
 
         def grow(link: Connection, number: int) -> None:
-            draft = Draft(
-                event_id=f"more{number}",
-                stream="s",
-                type=EventType.REQUEST,
-                actor_kind="system",
-                actor_ref="test",
-                correlation_id="c",
-            )
-            add_all_in(link, [("acme", draft)], NOW)
+            add_all_in(link, [("acme", asked(f"more{number}"))], NOW)
 
         for number in range(30):
             await asyncio.gather(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,9 @@ from models.ledger import EventType
 from models.loop import GateRule, Outcome, Reversibility, Status
 from scripts import verify_ledger
 from tests.databases import migrated
-from tests.ledgers import TENANT, Step, fill, intent_of, receipt_of, record, whole
+from tests.ledgers import TENANT, Step, fill, intent_of, receipt_of, record, unguard, whole
 
 ORIGIN = f"countersign/{TENANT}"
-GUARDS = [
-    f"{name}_no_{event}" for name in ("event", "merkle_node", "checkpoint") for event in ("update", "delete")
-]
 
 
 class Log:
@@ -71,6 +68,14 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
         )
     database.close()
     return Log(lines, note, checkpoints.key(TENANT), folder / "ledger.db", proofs)
+
+
+@pytest.fixture(scope="module")
+def opened(log: Log) -> Iterator[Database]:
+    """The log's database, for changes that are taken back."""
+    database = Database(f"sqlite:///{log.file}")
+    yield database
+    database.close()
 
 
 def ours(lines: Sequence[str], log: Log, old: bool = True) -> Report:
@@ -264,26 +269,23 @@ def _change_database(link: Connection, chance: random.Random) -> None:
 
 @given(st.integers(0, 2**32))
 @settings(max_examples=200, deadline=None)
-def test_any_single_change_to_the_database_is_found(log: Log, seed: int) -> None:
-    database = Database(f"sqlite:///{log.file}")
-    with database.engine.connect() as link:
-        for guard in GUARDS:
-            link.execute(text(f"DROP TRIGGER {guard}"))
+def test_any_single_change_to_the_database_is_found(log: Log, opened: Database, seed: int) -> None:
+    with opened.engine.connect() as link:
+        unguard(link)
         _change_database(link, random.Random(seed))
         report = check_database(link, TENANT, ORIGIN, [log.key], [log.note])
         link.rollback()
         assert report.status == "tampered"
         assert report.findings[0].seq >= 0
-    database.close()
 
 
 @pytest.mark.parametrize("value", ["'text'", "x'ff'", "1.5", "9223372036854775807", "10000000000000", "-1"])
-def test_what_belongs_into_no_column_is_found_and_not_fallen_over(log: Log, value: str) -> None:
-    database = Database(f"sqlite:///{log.file}")
-    with database.engine.connect() as link:
+def test_what_belongs_into_no_column_is_found_and_not_fallen_over(
+    log: Log, opened: Database, value: str
+) -> None:
+    with opened.engine.connect() as link:
         tables = ("event", "merkle_node", "log_head", "checkpoint", "blob")
-        for guard in GUARDS:
-            link.execute(text(f"DROP TRIGGER {guard}"))
+        unguard(link)
         for table in tables:
             columns = [row[1] for row in link.execute(text(f"PRAGMA table_info({table})"))]
             for column in (one for one in columns if one != "sealed_by"):
@@ -301,14 +303,13 @@ def test_what_belongs_into_no_column_is_found_and_not_fallen_over(log: Log, valu
         with pytest.raises(LedgerBroken, match="event.envelope"):
             list(of_database(link, TENANT, ORIGIN))
         link.rollback()
-    database.close()
 
 
-def test_a_tail_cut_with_everything_made_to_fit_is_found_by_the_note_outside(log: Log) -> None:
-    database = Database(f"sqlite:///{log.file}")
-    with database.engine.connect() as link:
-        for guard in GUARDS:
-            link.execute(text(f"DROP TRIGGER {guard}"))
+def test_a_tail_cut_with_everything_made_to_fit_is_found_by_the_note_outside(
+    log: Log, opened: Database
+) -> None:
+    with opened.engine.connect() as link:
+        unguard(link)
         for table, column in (("event", "seq"), ("checkpoint", "size")):
             link.execute(text(f"DELETE FROM {table} WHERE {column} > 14"))
         leaves = link.execute(text("SELECT leaf_hash FROM event ORDER BY seq")).scalars()
@@ -322,7 +323,6 @@ def test_a_tail_cut_with_everything_made_to_fit_is_found_by_the_note_outside(log
         assert report.status == "tampered"
         assert report.findings[0].what == "the log ends at 14, the note given covers 21: it was cut"
         link.rollback()
-    database.close()
 
 
 def test_the_first_bad_event_is_named(log: Log) -> None:
