@@ -15,6 +15,10 @@ from models.privacy import found_in, raised, spans
 from models.tokens import prompt_tokens
 
 PLACEHOLDER = re.compile(r"⟦[A-Z]+_\d+⟧")
+ESCAPED = re.compile(r"(?<!\\)\\u27[eE]6([A-Z]+_\d+)\\u27[eE]7")
+"""The same in JSON, as some servers write whatever is no ASCII."""
+ALMOST = re.compile(r"(?:⟦|\\u27[eE]6)\s*[A-Za-z]+[\s_-]*\d+\s*(?:⟧|\\u27[eE]7)?")
+"""What a model makes of a mark that it does not copy exactly."""
 HINT = "Marks such as ⟦EMAIL_0⟧ stand for words you are not shown. Copy them exactly where they belong."
 
 
@@ -32,7 +36,7 @@ class Redaction:
 
     def redact(self, text: str) -> str:
         """The text with a placeholder for each datum that rules find; the same one for the same datum."""
-        self._taken |= set(PLACEHOLDER.findall(text)) - self._originals.keys()
+        self._taken |= _marks(text) - self._originals.keys()
         # Without its neighbour a datum may be found that the rules did not see before.
         while found := spans(text):
             for start, end, kind in reversed(found):
@@ -41,11 +45,12 @@ class Redaction:
 
     def restore(self, text: str) -> str:
         """The text with every placeholder turned back."""
-        return PLACEHOLDER.sub(lambda mark: self._originals.get(mark.group(), mark.group()), text)
+        text = ESCAPED.sub(lambda mark: self._original(f"⟦{mark.group(1)}⟧", mark.group()), text)
+        return PLACEHOLDER.sub(lambda mark: self._original(mark.group(), mark.group()), text)
 
     def veil(self, prompt: Prompt) -> Prompt:
         """A prompt whose messages and schema hold placeholders, and which says what they are."""
-        self._taken.update(mark for text in _said(prompt) for mark in PLACEHOLDER.findall(text))
+        self._taken.update(mark for text in _said(prompt) for mark in _marks(text))
         messages = [
             Message(role=message.role, content=self.redact(message.content)) for message in prompt.messages
         ]
@@ -56,6 +61,9 @@ class Redaction:
             "stop": tuple(self.redact(one) for one in prompt.stop),
         }
         return prompt.model_copy(update=changes)
+
+    def _original(self, mark: str, otherwise: str) -> str:
+        return self._originals.get(mark, otherwise)
 
     def _mark(self, original: str, kind: str) -> str:
         if original not in self._marks:
@@ -100,11 +108,15 @@ def shows(prompt: Prompt) -> bool:
 
 def dangling(text: str, seen: Iterable[str]) -> tuple[str, ...]:
     """What to object to in an answer with a placeholder that stands for nothing."""
-    if "⟦" not in text:
-        return ()
-    known = {mark for one in seen for mark in PLACEHOLDER.findall(one)}
-    left = set(PLACEHOLDER.findall(text)) - known
+    left = set(ALMOST.findall(text))
+    if left:
+        left -= {mark for one in seen for mark in ALMOST.findall(one)}
     return ("it holds a mark in ⟦⟧ that was not given; copy such marks exactly",) if left else ()
+
+
+def _marks(text: str) -> set[str]:
+    """Whatever would be turned back if one of ours stood there."""
+    return {*PLACEHOLDER.findall(text), *(f"⟦{name}⟧" for name in ESCAPED.findall(text))}
 
 
 def _said(prompt: Prompt) -> Iterable[str]:

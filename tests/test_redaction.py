@@ -88,6 +88,27 @@ def test_a_mark_that_was_made_up_is_objected_to() -> None:
     assert dangling("write to Ann", []) == ()
 
 
+@pytest.mark.parametrize(
+    "mark", ["⟦EMAIL 1⟧", "⟦email_1⟧", "⟦EMAIL_1", "⟦ EMAIL_01 ⟧", "⟦EMAIL_١⟧", "\\\\u27e6EMAIL_1\\\\u27e7"]
+)
+def test_a_mark_that_was_not_copied_exactly_is_objected_to_and_never_sent_on_unseen(mark: str) -> None:
+    redaction = Redaction()
+    redaction.redact(f"write to {MAIL}")
+    assert redaction.restore(mark) == mark
+    assert dangling(mark, [f"write to {MAIL}"]) != ()
+    assert dangling(mark, [f"you may write {mark}"]) == ()
+
+
+def test_a_mark_is_turned_back_however_json_spells_it_and_a_strangers_one_never() -> None:
+    for spelt in ("⟦EMAIL_{}⟧", "\\u27e6EMAIL_{}\\u27e7", "\\u27E6EMAIL_{}\\u27E7"):
+        redaction = Redaction()
+        letter = Message(role="user", content=f"{spelt.format(1)} writes to {MAIL}")
+        sent = redaction.veil(Prompt(messages=(letter,)))
+        assert "writes to ⟦EMAIL_2⟧" in sent.messages[0].content
+        answer = f'{{"to": "{spelt.format(2)}", "from": "{spelt.format(1)}"}}'
+        assert redaction.restore(answer) == f'{{"to": "{MAIL}", "from": "{spelt.format(1)}"}}'
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"reply": {"type": "string", "maxLength": 90}},
@@ -143,6 +164,16 @@ async def test_a_tier_that_may_not_see_personal_data_works_on_marks_and_the_answ
     assert scripted.prompts[0].messages[0].content.startswith(HINT)
     assert json.loads(await shelf.text("acme", answered.text)) == {"reply": f"Dear {MAIL}, done."}
     assert (answered.problems, answered.repaired) == ((), False)
+
+
+async def test_an_answer_in_which_json_spells_the_marks_has_the_data() -> None:
+    def script(prompt: Prompt) -> Completion:
+        plain = said(f"Dear {marks_in(prompt)['EMAIL']}, done.")
+        return plain.model_copy(update={"text": json.dumps(json.loads(plain.text))})
+
+    answered, shelf, _ = await asked(script)
+    assert json.loads(await shelf.text("acme", answered.text)) == {"reply": f"Dear {MAIL}, done."}
+    assert answered.problems == ()
 
 
 async def test_asking_again_quotes_answer_and_objections_with_marks_too() -> None:
