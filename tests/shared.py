@@ -19,8 +19,9 @@ from models.loop import GateRule, Guarantee, Outcome, Reversibility
 from models.orders import Pace
 from models.policy import AgentPolicy, Policy
 from models.settings import Settings, TemporalSettings
+from models.visibility import Role
 from temporal.client import Started
-from tests.conftest import Stack, settings_for, stack_of
+from tests.conftest import ROLES, Stack, settings_for, stack_of
 from tests.variants import AGENTS
 from workers.compose import Parts, utc_now
 
@@ -162,13 +163,16 @@ class Shared(Stack):
 
 @asynccontextmanager
 async def shared_stack(
-    temporal: TemporalSettings, data: Path, change: Callable[[Settings], Settings] = lambda one: one
+    temporal: TemporalSettings,
+    data: Path,
+    change: Callable[[Settings], Settings] = lambda one: one,
+    roles: tuple[Role, ...] = ROLES,
 ) -> AsyncGenerator[Shared]:
     pace = Pace(attempt=timedelta(seconds=3), heartbeat=timedelta(seconds=2), effect=timedelta(seconds=20))
     settings = change(settings_for(temporal, data, policy=policies(), pace=pace))
     odd = Odd(Null(data / "notes", utc_now))
     parts = Parts(agents=AGENTS, connectors=lambda known: {**known, "odd": odd})
-    async with stack_of(settings, parts) as made:
+    async with stack_of(settings, parts, roles) as made:
         yield Shared(made.client, made.settings, made.database, odd)
 
 
