@@ -93,6 +93,15 @@ async def test_a_retraction_in_one_process_is_heard_in_another_within_a_second(c
     assert await elsewhere.get(key) is None
 
 
+async def test_a_clock_that_is_set_back_keeps_no_retraction_from_being_heard(cache, database, clock):
+    key, elsewhere = key_of(SCOPE, PROMPT), Cache(database, clock)
+    await put(database, key)
+    assert await elsewhere.get(key) is not None
+    clock.now -= timedelta(hours=1)
+    assert await cache.retract("acme", digest=key[1]) == 1
+    assert await elsewhere.get(key) is None
+
+
 async def test_a_command_takes_the_answers_to_a_task_back(tmp_path):
     settings = offline(tmp_path)
     migrated(settings.database_url)

@@ -53,6 +53,23 @@ async def test_many_who_ask_at_once_cause_one_computation():
     assert await asyncio.gather(*(short.get(key(), source) for _ in range(20))) == [1] * 20
 
 
+async def test_who_gives_up_while_making_an_answer_takes_nobody_else_with_it():
+    short, _ = cache()
+    never = asyncio.Event()
+    first = asyncio.create_task(short.get(key(), never.wait))
+    await asyncio.sleep(0)
+    source = Source()
+    others = [asyncio.create_task(short.get(key(), source)) for _ in range(3)]
+    leaving = asyncio.create_task(short.get(key(), source))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    first.cancel()
+    assert await asyncio.gather(*others) == [1, 1, 1]
+    assert await asyncio.gather(first, leaving, return_exceptions=True) != [1, 1]
+    assert first.cancelled() and leaving.cancelled()
+    assert (short.rate.hits, short.rate.misses) == (2, 2)
+
+
 async def test_an_answer_ends_with_its_time_to_live():
     short, clock = cache()
     source = Source()

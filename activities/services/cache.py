@@ -91,7 +91,8 @@ class Cache:
         """The answer, marked as cached, unless it expired, was retracted, or never was."""
         now = self._clock()
         kept = self._kept.get(key)
-        if kept is None or now - kept.read >= FRESH:
+        # Neither is believed what was read in a time to come, by a clock that was set back since.
+        if kept is None or not timedelta(0) <= now - kept.read < FRESH:
             kept = await self._database.read(lambda link: _read(link, key, now))
             self._keep(key, kept)
         return kept.answered if kept.expires > now else None

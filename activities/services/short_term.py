@@ -89,10 +89,12 @@ class ShortTerm:
 
     async def get(self, key: Key, make: Callable[[], Awaitable[Any]]) -> Any:
         """The answer, made if there is none; a failure is not kept."""
-        entry = self._alive(key)
-        if entry is not None:
-            self._count(Use.HIT)
-            return await asyncio.shield(entry.answer)
+        while (entry := self._alive(key)) is not None:
+            await asyncio.wait([entry.answer])
+            # Who was making it was cancelled, and nobody else is by that.
+            if not entry.answer.cancelled():
+                self._count(Use.HIT)
+                return entry.answer.result()
         self._count(Use.MISS)
         return await self._make(key, make)
 
@@ -148,12 +150,19 @@ class ShortTerm:
             self._entries.popitem(last=False)
         try:
             answer = await make()
+        except asyncio.CancelledError:
+            self._lost(key, entry)
+            entry.answer.cancel()
+            raise
         except BaseException as error:
-            if self._entries.get(key) is entry:
-                del self._entries[key]
+            self._lost(key, entry)
             entry.answer.set_exception(error)
             # Whoever waited for it gets the error too; if nobody did, that is no fault of theirs.
             entry.answer.exception()
             raise
         entry.answer.set_result(answer)
         return answer
+
+    def _lost(self, key: Key, entry: _Entry) -> None:
+        if self._entries.get(key) is entry:
+            del self._entries[key]
