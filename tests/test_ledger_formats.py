@@ -9,6 +9,8 @@ from typing import Any
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from activities.services.database import Database
@@ -66,6 +68,21 @@ RELATIONS = {
     "used": {"prov:activity": "activity", "prov:entity": "entity"},
 }
 THINGS = ("entity", "activity", "agent")
+SPOKEN = ("status", "digest", "key", "body", "proposal", "kind", "reason")
+"""What the mappings look for in a body."""
+SHAPES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(st.characters())
+    | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from((*SPOKEN, "size")) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+BODIES = st.dictionaries(st.sampled_from(SPOKEN) | st.text(max_size=3), SHAPES, max_size=5)
 
 
 def _things() -> dict[str, Any]:
@@ -177,6 +194,73 @@ def test_an_event_that_cannot_be_read_is_no_part_of_a_view() -> None:
     for view in (to_ocsf, to_prov):
         with pytest.raises(LedgerBroken, match="event 1 cannot be read"):
             list(view(broken))
+
+
+def leaf(seq: int, kind: EventType, body: str, who: str = "ann") -> Leaf:
+    envelope = {
+        "event_id": f"e{seq}",
+        "stream": "run",
+        "type": kind,
+        "actor_kind": "person",
+        "actor_ref": who,
+        "correlation_id": "run",
+        "log_id": TENANT,
+        "seq": seq,
+        "version": seq,
+        "recorded_at": NOW.isoformat(),
+    }
+    return Leaf(seq, f'{json.dumps(envelope)[:-1]}, "body": {body}}}'.encode(), {})
+
+
+def written(*leaves: Leaf) -> tuple[list[Any], Any]:
+    """A log in both forms; what is read is JSON to the letter, which knows no NaN."""
+    log = [Header("countersign/default", TENANT, len(leaves), b""), *leaves]
+    strict = json.JSONDecoder(parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    (prov,) = to_prov(log)
+    return [strict.decode(line) for line in to_ocsf(log)], strict.decode(prov)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(EventType), BODIES), min_size=1, max_size=6))
+def test_a_body_of_any_shape_has_a_place_in_both_views(events: list[tuple[EventType, Any]]) -> None:
+    leaves = [leaf(number, kind, json.dumps(body)) for number, (kind, body) in enumerate(events, 1)]
+    ocsf, prov = written(*leaves)
+    assert len(ocsf) == len(prov["activity"]) == len(prov["wasGeneratedBy"]) == len(events)
+    for one, (_, body) in zip(ocsf, events, strict=True):
+        jsonschema.validate(one, OCSF)
+        assert one["unmapped"]["body"] == body
+    jsonschema.validate(prov, PROV)
+    for relation, ends in RELATIONS.items():
+        for one in prov[relation].values():
+            assert all(one[end] in prov[thing] for end, thing in ends.items()), one
+
+
+@pytest.mark.parametrize("status", ["{}", "[]", "null", "1", "true"])
+def test_an_outcome_that_says_no_status_did_nothing(status: str) -> None:
+    ocsf, _ = written(leaf(1, EventType.OUTCOME, f'{{"status": {status}}}'))
+    assert (ocsf[0]["status_id"], ocsf[0]["status"]) == (2, "Failure")
+
+
+def test_events_that_name_no_intent_and_no_key_are_not_taken_for_those_of_one_another() -> None:
+    kinds = (EventType.INTENT, EventType.VERDICT, EventType.RECEIPT, EventType.RECEIPT)
+    _, prov = written(*(leaf(number, kind, "{}") for number, kind in enumerate(kinds, 1)))
+    assert not prov["used"]
+    assert set(prov["entity"]) == {"cs:record.e1", "cs:verdict.e2", "cs:record.e3", "cs:record.e4"}
+
+
+def test_half_a_character_has_a_name_too() -> None:
+    body = r'{"digest": "\ud800", "key": "\udfff"}'
+    ocsf, prov = written(leaf(1, EventType.RECEIPT, body))
+    assert ocsf[0]["resources"][1] == {"uid": "\ud800", "type": "intent"}
+    assert "cs:effect.%ED%BF%BF" in prov["entity"]
+
+
+@pytest.mark.parametrize(
+    "body", ['{"at": 1e999}', '{"at": NaN}', '{"deep": ' + "[" * 100_000 + "]" * 100_000 + "}"]
+)
+def test_what_is_no_json_or_has_no_bottom_is_an_event_that_cannot_be_read(body: str) -> None:
+    with pytest.raises(LedgerBroken, match="event 1 cannot be read"):
+        list(to_ocsf([Header("o", TENANT, 1, b""), leaf(1, EventType.OUTCOME, body)]))
 
 
 @pytest.mark.parametrize("form", ["jsonl", "ocsf", "prov"])

@@ -54,7 +54,7 @@ def to_ocsf(items: Iterable[Item]) -> Iterator[str]:
         LedgerBroken: an event cannot be read.
     """
     for header, event in _events(items):
-        yield json.dumps(_ocsf(event, header.origin), separators=(",", ":"), sort_keys=True)
+        yield _line(event, header.origin)
 
 
 def to_prov(items: Iterable[Item]) -> Iterator[str]:
@@ -83,13 +83,23 @@ def _event(leaf: Leaf) -> Event:
     try:
         plain = json.loads(leaf.envelope) | {"leaf_hash": leaf_hash(leaf.envelope).hex()}
         return Event.model_validate(plain)
-    except (ValueError, TypeError, ValidationError):
-        raise LedgerBroken(
-            f"event {leaf.seq} cannot be read; run `countersign ledger verify` before you export"
-        ) from None
+    except (ValueError, TypeError, ValidationError, RecursionError):
+        raise _unreadable(leaf.seq) from None
+
+
+def _unreadable(seq: int) -> LedgerBroken:
+    return LedgerBroken(f"event {seq} cannot be read; run `countersign ledger verify` before you export")
 
 
 # OCSF.
+
+
+def _line(event: Event, origin: str) -> str:
+    try:
+        return json.dumps(_ocsf(event, origin), separators=(",", ":"), sort_keys=True, allow_nan=False)
+    except (ValueError, RecursionError):
+        # Numbers beyond all bounds are read as infinite, and no JSON; the ledger writes none.
+        raise _unreadable(event.seq) from None
 
 
 def _ocsf(event: Event, origin: str) -> Plain:
@@ -151,7 +161,7 @@ def _actor(event: Event) -> Plain:
 
 def _status(event: Event) -> tuple[int, str]:
     if event.type is E.OUTCOME:
-        ended = event.body.get("status")
+        ended = _text(event, "status")
         return SUCCESS if ended in GOOD else ELSE if ended in SO_SO else FAILURE
     if event.type is E.IN_DOUBT:
         return ELSE
@@ -161,8 +171,8 @@ def _status(event: Event) -> tuple[int, str]:
 def _resources(event: Event) -> Iterator[tuple[str, str]]:
     yield "run", event.correlation_id
     for kind, name in (("intent", "digest"), ("action", "key")):
-        if isinstance(event.body.get(name), str):
-            yield kind, event.body[name]
+        if text := _text(event, name):
+            yield kind, text
 
 
 # PROV.
@@ -230,8 +240,9 @@ AGENTS = {"person": "Person"}
 
 def _steps(event: Event, run: _Run) -> tuple[str, list[str]]:
     """What an event generates, and what it used."""
-    digest, key = str(event.body.get("digest")), str(event.body.get("key"))
-    intent = _name("intent", digest)
+    digest, key = _text(event, "digest"), _text(event, "key")
+    # What names no intent belongs to none, and not to one that is called nothing.
+    intents = [_name("intent", digest)] if digest else []
     made, used = _name("record", event.event_id), list[str]()
     match event.type:
         case E.REQUEST:
@@ -241,14 +252,14 @@ def _steps(event: Event, run: _Run) -> tuple[str, list[str]]:
             made, used = _content(event, "proposal") or made, run.asked
             run.proposed = [made]
         case E.INTENT:
-            made, used = intent, run.proposed
+            made, used = intents[0] if intents else made, run.proposed
         case E.VERDICT:
-            made, used = _name("verdict", event.event_id), [intent]
+            made, used = _name("verdict", event.event_id), intents
             run.verdicts.setdefault(digest, []).append(made)
-        case E.APPLY | E.COMPENSATION if event.body.get("key"):
-            made, used = _name("attempt", event.event_id), [intent, *run.verdicts.get(digest, ())]
+        case E.APPLY | E.COMPENSATION if key:
+            made, used = _name("attempt", event.event_id), [*intents, *run.verdicts.get(digest, ())]
         case E.RECEIPT:
-            made, used = _name("effect", key), [intent]
+            made, used = _name("effect", key) if key else made, intents
             run.receipts.append(made)
         case E.OUTCOME:
             made, used = _name("outcome", event.event_id), run.receipts
@@ -258,14 +269,23 @@ def _steps(event: Event, run: _Run) -> tuple[str, list[str]]:
 
 
 def _content(event: Event, name: str) -> str | None:
-    ref = event.body.get(name)
-    return _name("content", str(ref["digest"])) if isinstance(ref, dict) and "digest" in ref else None
+    ref: Any = event.body.get(name)
+    digest = ref.get("digest") if isinstance(ref, dict) else None
+    return _name("content", digest) if isinstance(digest, str) and digest else None
 
 
 def _name(kind: str, name: str) -> str:
     """A qualified name; whatever else than letters, digits and a few marks it holds is percent-encoded."""
-    return f"cs:{quote(kind, safe='')}.{quote(name, safe='@.')}"
+    # Half a surrogate pair has no UTF-8, and a name all the same.
+    spelt = (quote(kind, safe="", errors="surrogatepass"), quote(name, safe="@.", errors="surrogatepass"))
+    return f"cs:{'.'.join(spelt)}"
 
 
 def _type(name: str, prefix: str = "prov") -> Plain:
     return {"$": f"{prefix}:{name}", "type": "prov:QUALIFIED_NAME"}
+
+
+def _text(event: Event, name: str) -> str:
+    """A text of its body; empty if there is none, or something else."""
+    found: Any = event.body.get(name)
+    return found if isinstance(found, str) else ""
