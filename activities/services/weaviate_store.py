@@ -18,15 +18,25 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Row
 
-from activities.services.database import Database, insert_for
-from activities.services.leases import Leases, check_in
-from activities.services.vectors import ALWAYS, EMBEDDING, LITTLE, MEMORY, Near, Vector, When, unit_vector
+from activities.services.database import Database
+from activities.services.index_rows import (
+    NUMBERS,
+    STORE,
+    behind,
+    beyond,
+    changed_since,
+    move,
+    positions,
+    rows_of,
+    start_over,
+)
+from activities.services.leases import Leases
+from activities.services.vectors import ALWAYS, LITTLE, Near, Vector, When, unit_vector
 from models.canonical import derived_id, sha256
-from models.errors import MemoryUnavailable
+from models.errors import LedgerConflict, MemoryUnavailable
 from models.settings import WeaviateSettings
-from models.tables import IndexCursor, table
 
 with warnings.catch_warnings():
     # It warns about its own dependencies when it is imported.
@@ -38,12 +48,9 @@ with warnings.catch_warnings():
     from weaviate.classes.query import Filter, MetadataQuery
     from weaviate.exceptions import WeaviateBaseError
 
-CURSOR = table(IndexCursor)
-STORE = "weaviate"
 BATCH = 500
 LEASE_SECONDS = 30
 TEXTS = ("record_id", "kind", "agent")
-NUMBERS = ("position", "recorded_at", "active_at", "valid_from", "valid_to", "expires_at")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,23 +149,32 @@ class WeaviateVectors:
             MemoryUnavailable: Weaviate is away or refused part of a batch; the cursor stays before it.
         """
         async with self._following:
-            if not await self._database.read(lambda link: _beyond(link, model, 1)):
+            if not await self._database.read(lambda link: beyond(link, model, 1)):
                 return 0
             name, lasting = f"index:{STORE}:{model}", timedelta(seconds=LEASE_SECONDS)
             done = 0
             while (epoch := await self._leases.take(name, lasting)) is not None:
-                rows = await self._database.read(lambda link: _beyond(link, model, BATCH))
+                rows = await self._database.read(lambda link: beyond(link, model, BATCH))
                 if not rows:
                     await self._leases.give_back(name, epoch)
                     break
                 await self._write(model, rows)
-                await self._database.write(lambda link, e=epoch, r=rows: _move(link, model, r, name, e))
+                try:
+                    await self._database.write(lambda link, e=epoch, r=rows: move(link, model, r, name, e))
+                except LedgerConflict:
+                    await self._set_right(model, rows)
+                    break
                 done += len(rows)
             return done
 
+    async def _set_right(self, model: str, rows: Sequence[Row[Any]]) -> None:
+        """Whoever took over may have removed what was written again here, behind their back."""
+        while rows := await self._database.read(lambda link, r=rows: changed_since(link, model, r)):
+            await self._write(model, rows)
+
     async def behind(self, model: str) -> int:
         """How many changes the index has not followed yet."""
-        return await self._database.read(lambda link: _behind(link, model))
+        return await self._database.read(lambda link: behind(link, model))
 
     async def diff(self, tenant: str, model: str) -> Gap:
         """Compare every record of a tenant with SQL, and ask whether a search finds it.
@@ -166,7 +182,7 @@ class WeaviateVectors:
         Raises:
             MemoryUnavailable: Weaviate is away.
         """
-        wanted = await self._database.read(lambda link: _positions(link, tenant, model))
+        wanted = await self._database.read(lambda link: positions(link, tenant, model))
         there = await self._there(tenant, model)
         found = await self._found(tenant, model, sorted(there.values()))
         both = wanted.keys() & there.keys()
@@ -188,7 +204,7 @@ class WeaviateVectors:
             wanted = (*gap.missing, *gap.changed)
             for start in range(0, len(wanted), BATCH):
                 ids = wanted[start : start + BATCH]
-                rows = await self._database.read(lambda link, i=ids: _rows_of(link, tenant, model, i))
+                rows = await self._database.read(lambda link, i=ids: rows_of(link, tenant, model, i))
                 await self._write(model, rows)
             await self.delete(tenant, model, gap.surplus)
         return gap
@@ -238,7 +254,7 @@ class WeaviateVectors:
 
     async def _nothing(self, tenant: str, model: str) -> list[Near]:
         """What a tenant finds that Weaviate does not know."""
-        if await self._database.read(lambda link: _positions(link, tenant, model)):
+        if await self._database.read(lambda link: positions(link, tenant, model)):
             raise MemoryUnavailable("weaviate: it holds nothing of a tenant that has records; rebuild it")
         return []
 
@@ -269,13 +285,13 @@ class WeaviateVectors:
                 )
             await _settle(collection, _object_id(tenant, rows[-1].record_id))
 
-    async def _found(self, tenant: str, model: str, positions: Sequence[int]) -> set[str]:
+    async def _found(self, tenant: str, model: str, at: Sequence[int]) -> set[str]:
         """Which records a search finds; a filter that leaves few has every vector in the index compared."""
         found: set[str] = set()
         async with self._asking():
             collection = (await self._of(model)).with_tenant(shard_name(tenant))
-            for start in range(0, len(positions), BATCH):
-                part = positions[start : start + BATCH]
+            for start in range(0, len(at), BATCH):
+                part = at[start : start + BATCH]
                 answer = await collection.query.near_vector(
                     near_vector=[1.0, *[0.0] * (self._dimensions - 1)],
                     limit=len(part),
@@ -303,8 +319,7 @@ class WeaviateVectors:
             if not await self._client.collections.exists(collection_name(model)):
                 await self._create(model)
                 # Whoever lost it, whatever was followed into it is lost too.
-                again = update(CURSOR).where(*_cursor(model)).values(position=0)
-                await self._database.write(lambda link: link.execute(again))
+                await self._database.write(lambda link: start_over(link, model))
             self._ready.add(model)
         return self._client.collections.use(collection_name(model))
 
@@ -395,55 +410,3 @@ def _filters(kinds: Sequence[str], when: When) -> Any:
     if when.agent is not None:
         parts.append(Filter.by_property("agent").contains_any(["", when.agent]))
     return Filter.all_of(parts)
-
-
-# What SQL says.
-
-
-def _rows() -> Any:
-    e, m = EMBEDDING.c, MEMORY.c
-    same = (m.tenant == e.tenant) & (m.record_id == e.record_id)
-    columns = [m[name] for name in NUMBERS if name != "position"]
-    return select(e.tenant, e.record_id, e.position, e.vector, m.kind, m.agent, *columns).join_from(
-        EMBEDDING, MEMORY, same
-    )
-
-
-def _beyond(connection: Connection, model: str, limit: int) -> Sequence[Row[Any]]:
-    after = connection.execute(select(CURSOR.c.position).where(*_cursor(model))).scalar_one_or_none() or 0
-    e = EMBEDDING.c
-    wanted = _rows().where(e.model == model, e.position > after).order_by(e.position).limit(limit)
-    return connection.execute(wanted).all()
-
-
-def _behind(connection: Connection, model: str) -> int:
-    after = connection.execute(select(CURSOR.c.position).where(*_cursor(model))).scalar_one_or_none() or 0
-    e = EMBEDDING.c
-    wanted = select(func.count()).where(e.model == model, e.position > after)
-    return int(connection.execute(wanted).scalar_one())
-
-
-def _rows_of(connection: Connection, tenant: str, model: str, ids: Sequence[str]) -> Sequence[Row[Any]]:
-    e = EMBEDDING.c
-    return connection.execute(_rows().where(e.model == model, e.tenant == tenant, e.record_id.in_(ids))).all()
-
-
-def _positions(connection: Connection, tenant: str, model: str) -> dict[str, int]:
-    e = EMBEDDING.c
-    full = select(e.record_id, e.position).where(
-        e.tenant == tenant, e.model == model, func.length(e.vector) > 0
-    )
-    return {row.record_id: row.position for row in connection.execute(full)}
-
-
-def _cursor(model: str) -> tuple[Any, Any]:
-    return CURSOR.c.store == STORE, CURSOR.c.model == model
-
-
-def _move(connection: Connection, model: str, rows: Sequence[Row[Any]], lease: str, epoch: int) -> None:
-    """Remember how far the index is; a former holder of the lease may not."""
-    check_in(connection, lease, epoch)
-    kind = insert_for(connection.dialect.name)
-    start = kind(CURSOR).values(store=STORE, model=model, position=0).on_conflict_do_nothing()
-    connection.execute(start)
-    connection.execute(update(CURSOR).where(*_cursor(model)).values(position=rows[-1].position))

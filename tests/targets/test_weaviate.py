@@ -193,6 +193,37 @@ async def test_a_former_holder_of_the_lease_cannot_move_the_cursor(server, datab
         assert await mine.behind(MODEL) == 5
 
 
+class Stalled(WeaviateVectors):
+    """Stops before it writes what it has read."""
+
+    def __init__(self, *given) -> None:
+        super().__init__(*given)
+        self.stands, self.go = asyncio.Event(), asyncio.Event()
+
+    async def _upsert(self, *given) -> None:
+        self.stands.set()
+        await self.go.wait()
+        await super()._upsert(*given)
+
+
+async def test_a_follower_that_was_stopped_brings_nothing_back_that_was_emptied_meanwhile(server, database):
+    async with connected(server.settings) as client, connected(server.settings) as others:
+        stalled = Stalled(database, client, leases(database, "slow"), SIZE)
+        later = Leases(database, "fast", lambda: datetime.now(UTC) + timedelta(seconds=60))
+        other = WeaviateVectors(database, others, later, SIZE)
+        fill(database, 1, 3)
+        following = asyncio.create_task(stalled.follow(MODEL))
+        await stalled.stands.wait()
+        assert await other.follow(MODEL) == 3
+        await database.write(lambda link: empty_vectors(link, "one", "r00002"))
+        assert await other.follow(MODEL) == 1
+        stalled.go.set()
+        assert await following == 0
+        assert await other.held("one", MODEL, ["r00002"]) == 0
+        assert await other.held("one", MODEL, ["r00001", "r00003"]) == 2
+        assert not await other.diff("one", MODEL)
+
+
 class Hashed:
     model = MODEL
 
