@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as searching
 from temporalio.client import Client
 
 from activities.services.content import ContentStore
@@ -40,6 +42,11 @@ from workers.logs import FORMAT, Discreet
 
 if TYPE_CHECKING:
     from temporal.telemetry import Telemetry
+
+
+# How fast this machine is says nothing of the code.
+searching.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+searching.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
