@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -31,6 +33,7 @@ from tests.test_verifiers_agree import (
     DIGEST,
     GOOD,
     INTENT,
+    KEY,
     TENANT,
     Both,
     Plain,
@@ -305,6 +308,28 @@ def test_two_names_of_one_key_are_not_two_people(said: Say, keys: dict[str, Path
     one, other = answer(keys["ann"]), answer(keys["ann"], approver="ann@example.com", nonce="b" * 32)
     assert said(one, file=file)[0] == said(other, file=file)[0] == 0
     assert said(one, other, file=file)[:2] == (1, AT + 1)
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_signatures_that_other_processes_look_at_are_judged_in_their_order(
+    keys: dict[str, Path], tmp_path: Path, spoilt: bool
+) -> None:
+    long = [event("belief", {"text": "x" * 700_000}, "long", "long")] * 12
+    good = answer(keys["ann"])
+    bodies = [good, good | {"role": "owner"} if spoilt else answer(keys["ann"], nonce="b" * 16)]
+    first, second = (event(EventType.VERDICT, body) for body in bodies)
+    lines, note = export(placed([*GOOD[:3], first, *long, second, *GOOD[4:]]), INTENT)
+    file, kept, allowed = tmp_path / "export", tmp_path / "note", tmp_path / "signers"
+    file.write_text("".join(f"{line}\n" for line in lines))
+    kept.write_text(note)
+    allowed.write_bytes(signers(keys))
+    assert file.stat().st_size > 2 * verify_ledger.PART
+    command = [sys.executable, "-I", verify_ledger.__file__, "export", str(file), "--key", str(KEY)]
+    command += ["--checkpoint", str(kept), "--signers", str(allowed)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    report = json.loads(ended.stdout)
+    found = ended.returncode, report["first_bad_event"], report["signatures"]
+    assert found == (int(spoilt), 17 if spoilt else None, 2), report
 
 
 # When it was signed.
