@@ -12,10 +12,12 @@ import pytest
 from activities.connectors.base import Applied, Work
 from activities.connectors.null import Null
 from activities.services.actor import Actor
+from activities.services.beliefs import Beliefs
+from models.beliefs import Change
 from models.errors import ConnectorUnavailable, PreconditionLost
 from models.loop import Guarantee
 from models.orders import Effect, Effected
-from scripts.chaos.bound import NOW, World
+from scripts.chaos.bound import AGENT, NOW, TENANT, World
 
 ATTEMPT = timedelta(minutes=1)
 Step = Callable[[], Awaitable[object]]
@@ -119,3 +121,16 @@ async def test_an_attempt_that_finds_its_target_changed_does_not_close_what_anot
     # The one that took over is still at it, and what it does counts.
     done = await second.apply(bound.order)
     assert (done.what, world.effects()) == (Effected.APPLIED, 1)
+
+
+async def test_asked_again_an_action_whose_grounds_have_changed_is_to_be_thought_of_again(
+    world: World,
+) -> None:
+    clock, target = Clock(), Slow(world.folder, Guarantee.KEYED)
+    bound = await world.bind("grounds")
+    change = Change(
+        tenant=TENANT, agent=AGENT, subject=bound.subject, event="grounds-2", sets={"price": "other"}
+    )
+    await Beliefs(world.database, clock).change(change)
+    heard = [await actor(world, target, clock).apply(bound.order) for _ in range(2)]
+    assert [(one.what, one.rethink) for one in heard] == [(Effected.DRIFTED, True)] * 2

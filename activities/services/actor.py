@@ -6,17 +6,27 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from pydantic import ValidationError
 from sqlalchemy import Connection
 
 from activities.connectors.base import Applied, Connector, Work
 from activities.services.beliefs import stale_in
 from activities.services.content import ContentStore, get_blob, put_blob
 from activities.services.database import Database
+from activities.services.jobs import (
+    Job,
+    applied_of,
+    ended,
+    held,
+    intent_of,
+    receipt_of,
+    too_early,
+    wait_for_clock,
+    wait_for_earlier,
+)
 from activities.services.ledger_store import add_in, entries_in
 from activities.services.reservations import (
     Claimant,
@@ -47,23 +57,6 @@ from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
 from models.policy import OUTDATED, AgentPolicy, Policy, is_current, permit
 
 DIFF = "text/x-diff; charset=utf-8"
-CLOCK_SKEW = timedelta(minutes=1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """An order with everything it names read back from what was bound."""
-
-    order: EffectOrder
-    intent: Intent
-    plan: Plan
-    work: Work
-    connector: Connector
-    expected: str
-    who: Claimant
-    stale: str | None = None
-    rethink: bool = False
-    hold: Hold | None = None
 
 
 class Actor:
@@ -124,15 +117,20 @@ class Actor:
             return job
         if job.stale is not None:
             return await self._drifted(job, job.stale, job.rethink)
-        if (ended := _ended(job)) is not None:
-            return ended
+        if job.barred is not None:
+            effect = await self._find_out(job)
+            absent = effect.what is Effected.ABSENT
+            return Effect(what=Effected.REFUSED, reason=job.barred) if absent else effect
+        if (known := ended(job)) is not None:
+            return known
         found = await self._found(job)
         try:
             applied = found or await self._send(job)
         except PreconditionLost as error:
+            wait_for_earlier(job, self._clock())
             return await self._drifted(job, error.message)
         except ConnectorRejected as error:
-            await self._close(job, Held.CLOSED, f"the target refused: {type(error).__name__}")
+            await self._close_refused(job, error)
             raise
         return await self._confirmed(job, applied)
 
@@ -152,14 +150,7 @@ class Actor:
             ConnectorUnavailable: too early to tell, or the target does not answer.
         """
         job = await self._database.write(lambda link: self._look(link, order))
-        if isinstance(job, Effect):
-            return job
-        if job.hold is not None and job.hold.turn not in (Turn.WAIT, Turn.ASK):
-            return await self._truth(job, job.hold)
-        if job.hold is not None and (found := await self._found(job)) is not None:
-            return await self._confirmed(job, found)
-        await self._close_alone(job, Held.CLOSED, "no attempt was made, or none arrived")
-        return Effect(what=Effected.ABSENT)
+        return job if isinstance(job, Effect) else await self._find_out(job)
 
     async def undo(self, order: EffectOrder) -> Effect:
         """Take an applied action back, once.
@@ -172,11 +163,15 @@ class Actor:
         if isinstance(job, Effect):
             return job
         receipt = await self._receipt(order)
-        if (ended := _ended(job)) is not None:
-            return ended.model_copy(update={"what": Effected.UNDONE}) if ended.receipt else ended
+        if (known := ended(job)) is not None:
+            return known.model_copy(update={"what": Effected.UNDONE}) if known.receipt else known
         found = await self._found(job)
-        applied = found or await self._guarded(job, self._take_back(job, _applied(receipt)))
-        kept = await self._keep_receipt(job, _receipt_of(job, applied, verified=True))
+        try:
+            applied = found or await self._guarded(job, self._take_back(job, applied_of(receipt)))
+        except ConnectorRejected as error:
+            await self._close_refused(job, error)
+            raise
+        kept = await self._keep_receipt(job, receipt_of(job, applied, verified=True))
         return Effect(what=Effected.UNDONE, receipt=kept)
 
     async def _show(self, order: EffectOrder) -> None:
@@ -221,32 +216,38 @@ class Actor:
     async def _work(self, tenant: str, action: Action) -> Work:
         return Work(action.operation, json.loads(await self._content.get(tenant, action.arguments)), tenant)
 
-    def _open(self, link: Connection, order: EffectOrder, undo: bool) -> _Job | Effect:
+    def _open(self, link: Connection, order: EffectOrder, undo: bool) -> Job | Effect:
         """Gate and reservation in one transaction, so that nothing can slip between them."""
         now = self._clock()
         try:
             job = self._read(link, order, undo)
-            untried = not undo and look(link, job.who, now) is None
+            hold = look(link, job.who, now)
+            untried = not undo and hold is None
             if untried:
                 get_blob(link, order.tenant, job.intent.card_digest)  # What people read must stand as bound.
         except (InvalidInput, PolicyDenied) as error:
             return _refused(link, order, undo, error.message, now)
-        _wait_for_clock(job, now)
+        wait_for_clock(job, now)
         reason = _refusal(link, job, undo, now, self._doubt)
+        # Once an attempt was made its end must be found out, whatever verdicts and policy are worth by now.
+        if reason is not None and hold is not None and _refusal(link, job, undo, now) is None:
+            return replace(job, hold=hold, barred=reason[:200])
         if reason is not None:
             return _refused(link, order, undo, reason, now)
-        # Once an attempt was made its end must be found out, whatever policy says by now.
         if untried and self._is_outdated(link, job.intent, now):
             return replace(job, stale=OUTDATED)
         if untried and (changed := stale_in(link, job.intent)):
             return replace(job, stale=changed, rethink=True)
-        return replace(job, hold=reserve(link, job.who, now))
+        hold = reserve(link, job.who, now)
+        # Asked again, it says as much as the first time.
+        rethink = hold.turn is Turn.DRIFTED and stale_in(link, job.intent) is not None
+        return replace(job, hold=hold, rethink=rethink)
 
     def _is_outdated(self, link: Connection, intent: Intent, now: datetime) -> bool:
         agent, of = intent.proposer, self._in_force
         return not is_current(of(link, intent.tenant, agent) if of else self._policy.of(agent), intent, now)
 
-    def _look(self, link: Connection, order: EffectOrder) -> _Job | Effect:
+    def _look(self, link: Connection, order: EffectOrder) -> Job | Effect:
         job, now = self._read(link, order, undo=False), self._clock()
         hold = look(link, job.who, now)
         # A key that nobody tried may only be closed by a run that was allowed to use it.
@@ -254,15 +255,15 @@ class Actor:
             return _refused(link, order, False, reason, now)
         return replace(job, hold=hold)
 
-    def _read(self, link: Connection, order: EffectOrder, undo: bool) -> _Job:
-        intent = _intent(get_blob(link, order.tenant, order.digest), order.digest)
+    def _read(self, link: Connection, order: EffectOrder, undo: bool) -> Job:
+        intent = intent_of(get_blob(link, order.tenant, order.digest), order.digest)
         plan = next((plan for plan in intent.plans if plan.action == order.action), None)
         if plan is None or intent.workflow_id != order.workflow_id or intent.tenant != order.tenant:
             raise PolicyDenied(f"action {order.action} is not part of intent {order.digest[:12]}…")
         action = intent.proposal.actions[order.action]
         connector = self._connector(action.connector)
         arguments = json.loads(get_blob(link, order.tenant, action.arguments.digest))
-        return _Job(
+        return Job(
             order=order,
             intent=intent,
             plan=plan,
@@ -286,26 +287,34 @@ class Actor:
             event=EventType.COMPENSATION if undo else EventType.APPLY,
         )
 
-    async def _found(self, job: _Job) -> Applied | None:
+    async def _find_out(self, job: Job) -> Effect:
+        if job.hold is not None and job.hold.turn not in (Turn.WAIT, Turn.ASK):
+            return await self._truth(job, job.hold)
+        if job.hold is not None and (found := await self._found(job)) is not None:
+            return await self._confirmed(job, found)
+        await self._close_alone(job, Held.CLOSED, job.barred or "no attempt was made, or none arrived")
+        return Effect(what=Effected.ABSENT)
+
+    async def _found(self, job: Job) -> Applied | None:
         """What an earlier attempt left at the target, if this is not the first one."""
-        hold = _held(job)
+        hold = held(job)
         if hold.turn not in (Turn.ASK, Turn.WAIT):
             return None
         found = await job.connector.find(job.who.key, job.work)
         if found is None and hold.turn is Turn.WAIT:
-            raise _too_early(hold.until, self._clock())
+            raise too_early(hold.until, self._clock())
         return found
 
-    async def _send(self, job: _Job) -> Applied:
-        deadline = _held(job).deadline
+    async def _send(self, job: Job) -> Applied:
+        deadline = held(job).deadline
         return await self._guarded(job, job.connector.apply(job.who.key, job.work, job.expected, deadline))
 
-    async def _take_back(self, job: _Job, applied: Applied) -> Applied:
-        return await job.connector.undo(job.who.key, job.work, applied, _held(job).deadline)
+    async def _take_back(self, job: Job, applied: Applied) -> Applied:
+        return await job.connector.undo(job.who.key, job.work, applied, held(job).deadline)
 
-    async def _guarded(self, job: _Job, sending: Any) -> Applied:
+    async def _guarded(self, job: Job, sending: Any) -> Applied:
         """Stop sending at the deadline, whatever the connector does."""
-        left = (_held(job).deadline - self._clock()).total_seconds()
+        left = (held(job).deadline - self._clock()).total_seconds()
         try:
             async with asyncio.timeout(max(0.0, left)):
                 return await sending
@@ -314,18 +323,18 @@ class Actor:
                 f"action {job.who.key}: no answer from {job.plan.connector} before the attempt's deadline"
             ) from None
 
-    async def _confirmed(self, job: _Job, applied: Applied) -> Effect:
-        receipt = await self._keep_receipt(job, _receipt_of(job, applied, verified=False))
+    async def _confirmed(self, job: Job, applied: Applied) -> Effect:
+        receipt = await self._keep_receipt(job, receipt_of(job, applied, verified=False))
         with suppress(ConnectorUnavailable):
             # It stands; that a reader cannot see it yet is the verify step's business.
             receipt = await self._verified(job, receipt)
         return Effect(what=Effected.APPLIED, receipt=receipt)
 
-    async def _keep_receipt(self, job: _Job, receipt: Receipt) -> Receipt:
+    async def _keep_receipt(self, job: Job, receipt: Receipt) -> Receipt:
         return await self._database.write(lambda link: confirm(link, job.who, receipt, self._clock()))
 
-    async def _verified(self, job: _Job, receipt: Receipt) -> Receipt:
-        seen = await job.connector.verify(job.work, _applied(receipt))
+    async def _verified(self, job: Job, receipt: Receipt) -> Receipt:
+        seen = await job.connector.verify(job.work, applied_of(receipt))
         return receipt.model_copy(update={"verified": True, "links": seen.links, "detail": seen.detail[:300]})
 
     async def _receipt(self, order: EffectOrder) -> Receipt:
@@ -335,31 +344,35 @@ class Actor:
             raise PolicyDenied(f"action {key} has no receipt; only what was applied can be undone")
         return done[key]
 
-    async def _truth(self, job: _Job, hold: Hold) -> Effect:
+    async def _truth(self, job: Job, hold: Hold) -> Effect:
         if hold.turn is Turn.DOUBT:
             await self._close(job, Held.DOUBT, "the target cannot be asked")
-        return _ended(replace(job, hold=hold)) or Effect(what=Effected.IN_DOUBT)
+        return ended(replace(job, hold=hold)) or Effect(what=Effected.IN_DOUBT)
 
-    async def _close(self, job: _Job, state: Held, reason: str) -> bool:
+    async def _close(self, job: Job, state: Held, reason: str) -> bool:
         return await self._database.write(
             lambda link: close(link, job.who, self._clock(), state, reason, job.hold)
         )
 
-    async def _close_alone(self, job: _Job, state: Held, reason: str) -> None:
+    async def _close_alone(self, job: Job, state: Held, reason: str) -> None:
         if not await self._close(job, state, reason):
             raise ConnectorUnavailable(f"action {job.who.key} is in other hands by now; asking again")
 
-    async def _drifted(self, job: _Job, reason: str, rethink: bool = False) -> Effect:
+    async def _close_refused(self, job: Job, error: ConnectorRejected) -> None:
+        wait_for_earlier(job, self._clock())
+        await self._close(job, Held.CLOSED, f"the target refused: {type(error).__name__}")
+
+    async def _drifted(self, job: Job, reason: str, rethink: bool = False) -> Effect:
         await self._close_alone(job, Held.DRIFTED, f"drift: {reason[:200]}")
         return Effect(what=Effected.DRIFTED, reason=reason[:300], rethink=rethink)
 
 
 def _refusal(
     link: Connection,
-    job: _Job,
+    job: Job,
     undo: bool,
     now: datetime,
-    doubt: Callable[[str, Verdict], str | None],
+    doubt: Callable[[str, Verdict], str | None] = lambda tenant, verdict: None,
 ) -> str | None:
     entries = entries_in(link, job.order.tenant, job.order.workflow_id)
     if undo:
@@ -370,22 +383,6 @@ def _refusal(
         )
     tenant = job.order.tenant
     return may_act(entries, job.intent, job.order.digest, now, lambda verdict: doubt(tenant, verdict))
-
-
-def _intent(data: bytes, digest: str) -> Intent:
-    try:
-        return Intent.model_validate_json(data)
-    except ValidationError:
-        raise InvalidInput.field("digest", digest, "it names something that is no intent") from None
-
-
-def _wait_for_clock(job: _Job, now: datetime) -> None:
-    """Two machines' clocks differ; what is due in a moment is not refused for good."""
-    due = job.intent.proposal.not_before
-    if due is not None and now < due <= now + CLOCK_SKEW:
-        raise ConnectorUnavailable(
-            f"action {job.who.key} is due at {due.isoformat()}", next_retry_delay=due - now
-        )
 
 
 def _refused(link: Connection, order: EffectOrder, undo: bool, reason: str, now: datetime) -> Effect:
@@ -403,47 +400,3 @@ def _refused(link: Connection, order: EffectOrder, undo: bool, reason: str, now:
     )
     add_in(link, order.tenant, draft, now)
     return Effect(what=Effected.REFUSED, reason=reason[:300])
-
-
-def _ended(job: _Job) -> Effect | None:
-    hold = _held(job)
-    match hold.turn:
-        case Turn.DONE:
-            return Effect(what=Effected.APPLIED, receipt=hold.receipt)
-        case Turn.CLOSED:
-            return Effect(what=Effected.ABSENT, reason="it was closed earlier")
-        case Turn.DRIFTED:
-            return Effect(what=Effected.DRIFTED, reason="the target had changed")
-        case Turn.DOUBT:
-            return Effect(what=Effected.IN_DOUBT, reason="it cannot be known whether it happened")
-        case _:
-            return None
-
-
-def _held(job: _Job) -> Hold:
-    if job.hold is None:
-        raise LookupError(f"action {job.who.key} holds no reservation")
-    return job.hold
-
-
-def _too_early(until: datetime, now: datetime) -> ConnectorUnavailable:
-    return ConnectorUnavailable(
-        f"an earlier attempt may still arrive until {until.isoformat()}; asking again after that",
-        next_retry_delay=max(until - now, timedelta(milliseconds=50)),
-    )
-
-
-def _applied(receipt: Receipt) -> Applied:
-    return Applied(receipt.reference, receipt.version, receipt.links, receipt.detail)
-
-
-def _receipt_of(job: _Job, applied: Applied, verified: bool) -> Receipt:
-    return Receipt(
-        action_key=job.who.key,
-        action=job.order.action,
-        reference=applied.reference,
-        version=applied.version,
-        links=applied.links,
-        detail=applied.detail[:300],
-        verified=verified,
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -61,6 +61,8 @@ class Hold:
     deadline: datetime
     until: datetime
     receipt: Receipt | None = None
+    earlier: datetime | None = None
+    """Until then the attempt it was taken over from may still arrive."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,8 @@ def reserve(link: Connection, who: Claimant, now: datetime) -> Hold:
         return seen
     if who.guarantee is Guarantee.ASKED and to_micros(now) <= row.settles:
         return Hold(Turn.WAIT, row.epoch, from_micros(row.deadline), from_micros(row.settles))
-    return _take(link, who, now, epoch=row.epoch + 1, turn=Turn.ASK)
+    taken = _take(link, who, now, epoch=row.epoch + 1, turn=Turn.ASK)
+    return replace(taken, earlier=from_micros(row.settles))
 
 
 def look(link: Connection, who: Claimant, now: datetime) -> Hold | None:

@@ -99,7 +99,8 @@ def _receipt(body: Body, texts: Texts) -> str:
 
 
 def _absent(body: Body, texts: Texts) -> str:
-    return f"action {int(body['action']) + 1} did not happen: {body['reason']}"
+    what = "was not taken back" if str(body.get("key")).endswith(".undo") else "did not happen"
+    return f"action {int(body['action']) + 1} {what}: {body['reason']}"
 
 
 def _drift(body: Body, texts: Texts) -> str:
