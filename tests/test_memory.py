@@ -460,6 +460,19 @@ async def test_a_superseded_record_answers_for_its_own_time(place):
         assert ids(await place.ask("price", by=by, as_of=NOW + timedelta(days=1))) == ["old"]
 
 
+async def test_only_what_counts_takes_the_place_of_another_record(place):
+    for record_id in ("old", "new"):
+        await place.store.keep(await place.memo(record_id, "price", record_id), NOW)
+    proposed = await facts(place, PAYS, "run-1", "e1", MAIL)
+    for new in ("old", proposed.record_id):
+        with pytest.raises(InvalidInput, match="new"):
+            await place.store.supersede("default", "old", new)
+    await place.store.supersede("default", "old", "new")
+    with pytest.raises(InvalidInput, match="new"):
+        await place.store.supersede("default", "new", "old")
+    assert ids(await place.ask("price", by=Search.WORDS)) == ["new"]
+
+
 async def test_an_agent_sees_its_own_records_and_everybodys(place):
     for record_id, agent in (("mine", "pricing"), ("theirs", "content"), ("all", None)):
         await place.store.keep(await place.memo(record_id, "same", agent=agent), NOW)

@@ -130,9 +130,11 @@ def supersede(connection: Connection, tenant: str, old: str, new: str, now: date
 
     Raises:
         UnknownName: one of them is not there.
+        InvalidInput: the other one does not count, so that neither would be found any more.
     """
     _live(connection, tenant, old)
-    _live(connection, tenant, new)
+    if _live(connection, tenant, new).standing != Standing.ACTIVE or new == old:
+        raise InvalidInput.field("new", new, "name another record, one that counts; promote it first")
     _change(connection, tenant, old, dict(standing=Standing.SUPERSEDED, valid_to=to_micros(now)))
     return Standing.SUPERSEDED
 
