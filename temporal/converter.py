@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
@@ -18,9 +19,11 @@ from temporalio.api.common.v1 import Payload
 from temporalio.common import RawValue
 from temporalio.contrib.pydantic import PydanticPayloadConverter, pydantic_data_converter
 from temporalio.converter import (
+    ActivitySerializationContext,
     DataConverter,
     DefaultFailureConverterWithEncodedAttributes,
     PayloadCodec,
+    SerializationContext,
 )
 from temporalio.exceptions import FailureError
 
@@ -105,11 +108,27 @@ async def unveiled(text: str, codec: PayloadCodec | None) -> str:
         return text
 
 
+class NotYetUnderstood(Exception):
+    """A worker of another version, or with another key, wrote what this one cannot read.
+
+    Being no failure of Temporal's it fails the task and not the run, which waits for one that can.
+    """
+
+
 class LenientPayloadConverter(PydanticPayloadConverter):
     """As pydantic's, but a payload that nobody gave a type and that cannot be read arrives raw.
 
     Without this the SDK drops such a signal, and no trace of the attempt would stand in the ledger.
     """
+
+    _is_ours = False
+    """Whether what is read goes from worker to worker, so that no stranger can have written it."""
+
+    def with_context(self, context: SerializationContext) -> Self:
+        """The same for what an activity is given and returns, where that is what is read."""
+        made = copy(super().with_context(context))
+        made._is_ours = isinstance(context, ActivitySerializationContext)
+        return made
 
     def from_payloads(self, payloads: Sequence[Payload], type_hints: list[type] | None = None) -> list[Any]:
         """Read payloads; only untyped ones may arrive as `RawValue`.
@@ -118,9 +137,21 @@ class LenientPayloadConverter(PydanticPayloadConverter):
             InvalidInput: a typed one does not fit; a run that was started with it fails, instead of trying
                 its first task for ever.
             KeyMissing: it is still sealed, as its key is not here or it was changed.
+            NotYetUnderstood: instead of both, where another worker wrote it.
         """
         if type_hints is None:
             return [self._read(payload) for payload in payloads]
+        try:
+            return self._typed(payloads, type_hints)
+        except FailureError as error:
+            if not self._is_ours:
+                raise
+            names = ", ".join(map(_name, type_hints))
+            raise NotYetUnderstood(
+                f"{names}: {type(error).__name__}; a worker of a newer version or with its key goes on"
+            ) from None
+
+    def _typed(self, payloads: Sequence[Payload], type_hints: list[type]) -> list[Any]:
         for payload in payloads:
             if is_sealed(payload):
                 raise _still_sealed(payload)
