@@ -21,6 +21,8 @@ from models.people import SECURITY_KEYS, Everybody, Person, PersonId
 from models.policy import POLICY_AGENT, Policy
 from models.telemetry import TelemetrySettings
 
+WEB = r"^https?://[^/\s]\S*$"
+
 
 def _refused(remedy: str) -> PydanticCustomError:
     return PydanticCustomError("refused", remedy)  # pyright: ignore[reportArgumentType]
@@ -32,11 +34,11 @@ class TemporalSettings(Frozen):
     address: str = "127.0.0.1:7233"
     namespace: str = "default"
     managed: bool = True
-    ui_port: int = 8233
+    ui_port: int = Field(default=8233, ge=1, le=65535)
     tls: bool = False
     api_key: SecretStr | None = None
-    task_timeout: timedelta = timedelta(seconds=10)
-    sticky_timeout: timedelta = timedelta(seconds=10)
+    task_timeout: timedelta = Field(default=timedelta(seconds=10), gt=timedelta(0))
+    sticky_timeout: timedelta = Field(default=timedelta(seconds=10), gt=timedelta(0))
 
 
 class TierSettings(Frozen):
@@ -46,7 +48,7 @@ class TierSettings(Frozen):
     kind: Literal["llama_cpp", "tgi", "openai_compatible"]
     route: Literal["chat", "generate"] = "chat"
     """Generate is TGI's native route: the server's chat template, then `/generate_stream`."""
-    url: str
+    url: str = Field(pattern=WEB)
     managed: bool = False
     """The launcher starts a llama.cpp server with the bundled weights at this address."""
     model: str = ""
@@ -107,25 +109,25 @@ class EmbeddingSettings(Frozen):
     """The embedding server."""
 
     kind: Literal["llama_cpp", "tei", "openai_compatible"] = "llama_cpp"
-    url: str = "http://127.0.0.1:8091"
+    url: str = Field(default="http://127.0.0.1:8091", pattern=WEB)
     model: str = "sentence-transformers/all-MiniLM-L6-v2:53aa5117"
     """The identity its server must report, for TEI with `@` and its revision if that is to be fixed too;
     vectors of different models never mix."""
     token: SecretStr | None = None
     managed: bool = True
-    dimensions: int = 384
+    dimensions: int = Field(default=384, ge=1)
     connect_seconds: int = Field(default=5, ge=1)
-    timeout_seconds: int = 30
+    timeout_seconds: int = Field(default=30, ge=1)
 
 
 class WeaviateSettings(Frozen):
     """A Weaviate that searches vectors instead of the exact scan; SQL stays the truth."""
 
     host: str = "127.0.0.1"
-    port: int = 8079
+    port: int = Field(default=8079, ge=1, le=65535)
     grpc_host: str = ""
     """Empty is the same host."""
-    grpc_port: int = 8080
+    grpc_port: int = Field(default=8080, ge=1, le=65535)
     secure: bool = False
     api_key: SecretStr | None = None
 
@@ -153,8 +155,8 @@ class ContentSettings(Frozen):
     """What a post must satisfy, and when two ideas count as one."""
 
     banned_phrases: tuple[str, ...] = ()
-    min_words: int = 40
-    max_words: int = 1500
+    min_words: int = Field(default=40, ge=0)
+    max_words: int = Field(default=1500, ge=1)
     duplicate_permille: int = Field(default=850, ge=0, le=1000)
     """Cosine times 1000 from which an earlier post counts as a near-duplicate."""
     check_links: bool = True
@@ -265,7 +267,7 @@ class RegionSettings(Frozen):
     """What its processes seal under before anything leaves them; only they may have the files."""
     current: Name
     """The key that seals from now on."""
-    database: str = ""
+    database: str = Field(default="", pattern=r"^([A-Za-z0-9_+]+://.*)?$")
     """SQLAlchemy URL of its content store; empty means `<data>/region-<name>.db` in SQLite."""
     tenants: tuple[Name, ...] = ()
     """Whose every request is bound to it."""
@@ -304,7 +306,7 @@ class Settings(Frozen):
     approver: str | None = None
     """Who the command line answers as when `--as` is not given; never guessed from the login."""
     data: Path = Path("var")
-    database: str = ""
+    database: str = Field(default="", pattern=r"^([A-Za-z0-9_+]+://.*)?$")
     """SQLAlchemy URL; empty means `<data>/countersign.db` in SQLite."""
     temporal: TemporalSettings = TemporalSettings()
     tiers: tuple[TierSettings, ...] = ()

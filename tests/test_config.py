@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import stat
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,63 @@ def test_a_snapshot_restores_everything_with_secrets_for_the_owner_only(tmp_path
 def test_a_snapshot_that_is_gone_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="COUNTERSIGN_SETTINGS"):
         load(tmp_path, COUNTERSIGN_SETTINGS=str(tmp_path / "gone.json"))
+
+
+def test_dates_and_times_may_be_written_as_toml_has_them(tmp_path: Path) -> None:
+    toml = """
+        [policy.agents.content.gate.hours]
+        zone = "Europe/Berlin"
+        closed = [2026-12-25]
+        [[policy.agents.content.grants]]
+        name = "summer"
+        connector = "demo"
+        operations = ["publish"]
+        targets = ["demo:*"]
+        max_uses = 2
+        valid_until = 2026-12-24T18:00:00+01:00
+    """
+    policy = load(tmp_path, toml).policy.agents["content"]
+    assert policy.gate.hours is not None and policy.gate.hours.closed == (date(2026, 12, 25),)
+    assert policy.grants[0].valid_until == datetime(2026, 12, 24, 17, tzinfo=UTC)
+    with pytest.raises(InvalidInput, match="tenant: .* is not accepted"):
+        load(tmp_path, "tenant = 2026-12-25\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("COUNTERSIGN_ROLES__ACT", "1", "write the list"),
+        ("COUNTERSIGN_PEOPLE__ANN", "1", "people: "),
+        ("COUNTERSIGN_TIERS__LARGE__URL", "x", "name one of the entries: edge"),
+        ("COUNTERSIGN_TASKS", "[" * 100_000, "write lists and tables as JSON"),
+    ],
+)
+def test_a_variable_that_reaches_nothing_is_refused(
+    tmp_path: Path, name: str, text: str, remedy: str
+) -> None:
+    with pytest.raises(InvalidInput, match=remedy):
+        load(tmp_path, **{name: text})
+
+
+@pytest.mark.parametrize("text", ["a = [", "a=" + "[" * 5000 + "]" * 5000, "\0"])
+def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InvalidInput, match="^InvalidInput: COUNTERSIGN_CONFIG: .* is not accepted; correct the TOML"):
+        load(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("temporal.ui_port", "-1"),
+        ("temporal.task_timeout", "0"),
+        ("weaviate.port", "65536"),
+        ("embeddings.dimensions", "0"),
+        ("embeddings.timeout_seconds", "-1"),
+        ("embeddings.url", "127.0.0.1"),
+        ("content.min_words", "-1"),
+        ("database", "countersign.db"),
+    ],
+)
+def test_a_number_or_address_that_nothing_could_use_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^InvalidInput: {name}: .* is not accepted"):
+        load(tmp_path, **{f"COUNTERSIGN_{name.upper().replace('.', '__')}": text})

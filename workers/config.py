@@ -13,6 +13,7 @@ import os
 import tomllib
 import types
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -86,7 +87,7 @@ def restore(path: Path) -> Settings:
     """
     try:
         return _checked(json.loads(path.read_bytes()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidInput.field(
             SNAPSHOT, str(path), f"start it through `countersign up` ({error})"
         ) from None
@@ -95,7 +96,7 @@ def restore(path: Path) -> Settings:
 def _toml(path: Path) -> Tree:
     try:
         return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise InvalidInput.field(CONFIG, str(path), f"correct the TOML: {error}") from None
 
 
@@ -110,7 +111,7 @@ def _merged(base: Tree, over: Tree) -> Tree:
 
 
 def _with_variables(tree: Tree, environ: Mapping[str, str]) -> Tree:
-    tree = json.loads(json.dumps(tree))
+    tree = deepcopy(tree)
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in (CONFIG, SNAPSHOT):
             _put(tree, name, name.removeprefix(PREFIX).lower().split("__"), environ[name])
@@ -135,11 +136,15 @@ def _put(tree: Tree, variable: str, path: list[str], text: str) -> None:
 
 def _entry(entries: list[Any], variable: str, wanted: str) -> Any:
     """Entry of a list by its name; variables cannot spell dashes and dots."""
-    for entry in entries:
-        if str(entry.get("name", "")).replace("-", "_").replace(".", "_") == wanted:
+    named = {str(entry["name"]): entry for entry in entries if isinstance(entry, dict) and "name" in entry}
+    for name, entry in named.items():
+        if name.replace("-", "_").replace(".", "_") == wanted:
             return entry
-    names = ", ".join(str(entry.get("name")) for entry in entries) or "none"
-    raise InvalidInput.field(variable, wanted, f"name one of the entries: {names}")
+    if entries and not named:
+        raise InvalidInput.field(
+            variable, wanted, 'its entries have no names; write the list, as ["one", "two"]'
+        )
+    raise InvalidInput.field(variable, wanted, f"name one of the entries: {', '.join(named) or 'none'}")
 
 
 def _value(variable: str, text: str) -> Any:
@@ -149,7 +154,7 @@ def _value(variable: str, text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput.field(variable, text, f"write lists and tables as JSON ({error})") from None
 
 
