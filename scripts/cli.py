@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import traceback
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from scripts.exits import EXPLAINED, code_of, text_of
+from scripts.exits import EXPLAINED, Exit, code_of, text_of
 
 PLACES = {
     "up": "up",
@@ -46,6 +49,13 @@ PLACES = {
 class Commands(TyperGroup):
     """Ends every error with its exit code and a text for people, never with a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse what no database, log or server could keep; a file may be called so."""
+        for one in args:
+            if not _is_text(one) and not os.path.lexists(one):
+                raise typer.BadParameter(f"{one[:80]!r} is not accepted; write it in UTF-8")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
@@ -56,8 +66,7 @@ class Commands(TyperGroup):
                 raise
             if ctx.params.get("debug"):
                 traceback.print_exception(error)
-            typer.echo(text_of(error), err=True)
-            raise typer.Exit(code_of(error)) from None
+            raise typer.Exit(_told(error)) from None
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Every command."""
@@ -96,8 +105,40 @@ def countersign(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; what it wrote has reached its reader, or that is said."""
+    code: Any = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except OSError as error:  # Help is written before there is a command that could tell.
+        code = _told(error)
+    sys.exit(_written(code))
+
+
+def _written(code: Any) -> Any:
+    try:
+        if sys.stdout is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            sys.stdout.flush()
+    except OSError as error:
+        # The interpreter would try again when it ends, and end with a code of its own.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return code or _told(error)
+    return code
+
+
+def _told(error: Exception) -> int:
+    """Say what went wrong, unless whoever read has gone; the exit code."""
+    if isinstance(error, BrokenPipeError):
+        return Exit.UNEXPECTED
+    with suppress(OSError):
+        typer.echo(text_of(error), err=True)
+    return code_of(error)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether the bytes that were typed are UTF-8; others come as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ SHOWN = (
 
 @ledger.command(epilog=EXPLAINED)
 def tail(
-    limit: Annotated[int, typer.Option(min=1, help="How many of the newest events.")] = 200,
+    limit: Annotated[int, typer.Option(min=1, max=ALL, help="How many of the newest events.")] = 200,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
     run: Annotated[str | None, typer.Option(help="Only this run's events; by its workflow id.")] = None,
     as_json: Json = False,
@@ -83,7 +83,7 @@ def line(event: Event) -> Text:
     text = Text(f"{event.seq:>6} ", style="dim")
     text.append(event.recorded_at.strftime("%Y-%m-%d %H:%M:%S "), style="dim")
     text.append(f"{event.type:<13}", style="bold")
-    text.append(f" {event.correlation_id} {event.actor_ref}")
+    text.append(f" {visible(event.correlation_id)} {visible(event.actor_ref)}")
     text.append(f" {detail(event)}", style="dim")
     return text
 

@@ -220,9 +220,9 @@ async def _checkpoint(settings: Settings, as_json: bool) -> None:
         written = await _signer(session).write(session.tenant)
         if written is None:
             typer.echo("the log is empty; there is nothing to sign", err=True)
-        elif as_json:
-            said(_made(written))
-        else:
+        if as_json:
+            said(None if written is None else _made(written))
+        elif written is not None:
             typer.echo(written.note, nl=False)
             by = (*written.kept_by, *written.cosigned_by)
             typer.echo(f"kept by: {', '.join(by) or 'no witness'}", err=True)
@@ -269,8 +269,12 @@ def _told(report: Report, settings: Settings) -> Iterator[str]:
 
 
 def _read(path: Path) -> Iterator[Item]:
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        yield from of_lines(file)
+    # A file that is not there says nothing of the log: it is missing, and nobody tampered with anything.
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+            yield from of_lines(file)
+    except OSError as error:
+        raise InvalidInput.field("--export", str(path), f"name a file that can be read ({error})") from None
 
 
 def _signers(path: Path) -> Signers:
@@ -284,7 +288,7 @@ def _signers(path: Path) -> Signers:
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except OSError:
+    except (OSError, ValueError):
         raise InvalidInput.field("checkpoint", str(path), "name a file that can be read") from None
 
 
@@ -293,5 +297,10 @@ def _opened(out: Path | None) -> Generator[TextIO]:
     if out is None:
         yield sys.stdout
     else:
-        with out.open("w", encoding="utf-8", newline="\n") as file:
-            yield file
+        try:
+            with out.open("w", encoding="utf-8", newline="\n") as file:
+                yield file
+        except OSError as error:
+            raise InvalidInput.field(
+                "--out", str(out), f"name a file that can be written ({error})"
+            ) from None

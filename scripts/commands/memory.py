@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from datetime import datetime
 from typing import Annotated, Any, TypeVar
 
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 from sqlalchemy import Connection, func, select
 
@@ -19,6 +21,7 @@ from activities.services.leases import Leases
 from activities.services.memory_store import MemoryStore
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
 from models.canonical import sha256
+from models.card import visible
 from models.errors import InvalidInput
 from models.loop import Ref
 from models.memory import Recall, Search
@@ -63,9 +66,12 @@ def search(
         data = query.encode()
         ref = Ref(digest=sha256(data), size=len(data))
         moment = as_of.replace(tzinfo=utc_now().tzinfo) if as_of else None
-        asked = Recall(
-            tenant=tenant, query=ref, kinds=tuple(kind), limit=limit, agent=agent, as_of=moment, by=by
-        )
+        try:
+            asked = Recall(
+                tenant=tenant, query=ref, kinds=tuple(kind), limit=limit, agent=agent, as_of=moment, by=by
+            )
+        except ValidationError as error:
+            raise InvalidInput.first(error, "query") from None
         return await parts.store.recall(asked, query)
 
     found = _with(run)
@@ -155,7 +161,11 @@ def forget(
     """Erase a subject for good, look everywhere again, and issue a receipt."""
     who = _who(as_)
     if not yes:
-        typer.confirm(f"Erase everything about {subject}? This cannot be undone", abort=True)
+        if not sys.stdin or not sys.stdin.isatty():
+            raise InvalidInput.field("--yes", False, "give it where nobody can be asked; it cannot be undone")
+        typer.confirm(
+            f"Erase everything about {visible(subject)}? This cannot be undone", abort=True, err=True
+        )
 
     async def run(parts: Parts) -> Any:
         notices = parts.session.settings.data / "notices"

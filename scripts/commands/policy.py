@@ -110,7 +110,9 @@ def propose(
     """Put a change of policy to the people whom the file names for it; nothing changes before they agree."""
     settings = config.load()
     if (file is None) == (from_suggestion is None):
-        raise InvalidInput.field("FILE", str(file), "give a FILE, or --from-suggestion, one of the two")
+        raise InvalidInput.field(
+            "FILE", file and str(file), "give a FILE, or --from-suggestion, one of the two"
+        )
     if not settings.policy.may_change:
         raise InvalidInput.field(
             "policy.agents", POLICY_AGENT, "the file names nobody who may agree to a change; see docs/gate.md"
