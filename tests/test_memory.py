@@ -20,7 +20,16 @@ from activities.services.database import Database
 from activities.services.indexing import keep_indexed, keep_swept
 from activities.services.keeping import TEXT_BYTES
 from activities.services.leases import Leases
-from activities.services.memory_store import AWAY, LAGGING, NO_MODEL, REFUSED, MemoryStore, fused, keep
+from activities.services.memory_store import (
+    AWAY,
+    LAGGING,
+    NO_MODEL,
+    REFUSED,
+    UNUSABLE,
+    MemoryStore,
+    fused,
+    keep,
+)
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
 from models.errors import InvalidInput, MemoryUnavailable, UnknownName
 from models.inference import DataClass
@@ -188,6 +197,17 @@ async def test_words_are_searched_and_it_is_said_so_when_the_embedding_server_is
 async def test_a_useless_query_vector_degrades_instead_of_failing(place, garbage):
     place.embedder.garbage = garbage
     assert (await place.ask("x")).degraded == REFUSED
+
+
+async def test_a_stored_vector_of_another_size_degrades_the_search_and_holds_up_no_other(place):
+    await place.store.keep(await place.memo("old", "Tea one"), NOW)
+    await place.store.index_pending()
+    await place.database.write(lambda link: link.execute(EMBEDDING.update().values(vector=b"1234")))
+    store = place.open(place.embedder)
+    await store.keep(await place.memo("new", "Tea two"), NOW)
+    assert await store.index_pending() == 1
+    found = await place.ask("Tea", store)
+    assert (sorted(ids(found)), found.degraded) == (["new", "old"], UNUSABLE)
 
 
 async def test_records_without_a_vector_yet_are_admitted(place):

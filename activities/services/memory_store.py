@@ -55,13 +55,13 @@ WORD_SCAN = 5000
 """Word search looks at the titles of this many newest records."""
 FUSION = 60
 """Reciprocal rank fusion: a record scores 1 / (this + its rank) in each list, as in the paper of 2009."""
-FUSED_DEPTH = 50
-NEIGHBOURS = 5
+FUSED_DEPTH, NEIGHBOURS = 50, 5
 AWAY = "the embedding server is away; titles were searched by words"
 NO_MODEL = "no embedding server is configured; titles were searched by words"
 REFUSED = "the embedding model gave no usable vector for the query; titles were searched by words"
 LAGGING = "some records have no vector yet and could not be searched"
 INDEX_AWAY = "the vector index is away; titles were searched by words"
+UNUSABLE = "a stored vector is none; titles were searched by words"
 
 
 class Vectors(Protocol):
@@ -223,7 +223,7 @@ class MemoryStore:
         now = to_micros(self._clock())
         try:
             near = await self._vectors.nearest(tenant, model, vector, (), NEIGHBOURS, When(now=now))
-        except MemoryUnavailable:
+        except (MemoryUnavailable, InvalidInput):
             return
         close = {
             one.record_id: round(1000 * one.cosine)
@@ -262,8 +262,8 @@ class MemoryStore:
         if vector is not None:
             try:
                 return await self._by_meaning(request, vector, query, when)
-            except MemoryUnavailable:
-                degraded = INDEX_AWAY
+            except (MemoryUnavailable, InvalidInput) as error:
+                degraded = INDEX_AWAY if isinstance(error, MemoryUnavailable) else UNUSABLE
         if request.by is Search.HYBRID:
             hits = await self._database.read(lambda link: _by_text(link, request, query, when))
         else:
