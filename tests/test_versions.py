@@ -17,11 +17,14 @@ from temporalio.worker import Worker
 from activities.actions import Actions
 from activities.connectors.null import Null
 from activities.services.actor import Actor
-from models.errors import InvalidInput
+from activities.services.content import ContentStore
+from models.canonical import canonical
+from models.errors import ConnectorUnavailable, InvalidInput
 from models.loop import Request, Status
-from models.orders import Effect, EffectOrder
+from models.orders import Effect, Effected, EffectOrder
 from models.settings import TemporalSettings
 from models.visibility import Queue, Role
+from scripts.chaos.bound import TENANT, World
 from temporal.client import Started, connect
 from temporal.converter import NotYetUnderstood, data_converter
 from tests.conftest import a_key, note
@@ -101,3 +104,22 @@ def test_only_what_goes_from_worker_to_worker_waits_and_what_comes_from_outside_
         inside.from_payloads(given, [Request])
     with pytest.raises(InvalidInput):
         plain.from_payloads(given, [Request])
+
+
+async def test_an_intent_of_a_newer_version_is_neither_acted_on_nor_refused_for_good(tmp_path: Path) -> None:
+    world = World(tmp_path, seed=1)
+    bound = await world.bind("newer")
+
+    async def put(more: dict[str, Any]) -> EffectOrder:
+        plain = bound.intent.model_dump(mode="json") | more
+        ref = await ContentStore(world.database).put(TENANT, canonical(plain), "application/json")
+        return bound.order.model_copy(update={"digest": ref.digest})
+
+    for step in ("apply", "settle"):
+        act = getattr(world.actor(bound.around), step)
+        with pytest.raises(ConnectorUnavailable, match="newer version"):
+            await act(await put({"since_today": 1}))
+    refused = await world.actor(bound.around).apply(await put({"since_today": 1, "number": 0}))
+    assert (refused.what, world.effects()) == (Effected.REFUSED, 0)
+    assert await world.act(bound) == "applied"
+    world.database.close()

@@ -39,10 +39,17 @@ def intent_of(data: bytes, digest: str) -> Intent:
 
     Raises:
         InvalidInput: it is no intent.
+        ConnectorUnavailable: it says more than this version knows of. Nothing that people agreed to is left
+            out, and nothing refused for good: a worker of the version that bound it may act.
     """
     try:
         return Intent.model_validate_json(data)
-    except ValidationError:
+    except ValidationError as error:
+        if all(one["type"] == "extra_forbidden" for one in error.errors(include_url=False)):
+            raise ConnectorUnavailable(
+                f"intent {digest[:12]}… is of a newer version; upgrade this worker",
+                next_retry_delay=timedelta(seconds=1),
+            ) from None
         raise InvalidInput.field("digest", digest, "it names something that is no intent") from None
 
 
