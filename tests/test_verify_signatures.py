@@ -20,11 +20,12 @@ from activities.services.identities import statement_of
 from activities.services.signatures import fingerprint
 from activities.services.signers import read_signers
 from models.answers import Answer, Identity, Kind, recorded
+from models.canonical import canonical
 from models.ledger import Event, EventType
 from models.loop import Assurance
 from models.people import NAMESPACE
 from scripts import verify_ledger
-from tests.devices import ECDSA, ED25519, Device
+from tests.devices import ECDSA, ED25519, Device, armoured, string
 from tests.ledgers import NOW
 from tests.test_people import public
 from tests.test_signatures import blob, make_key
@@ -165,6 +166,26 @@ def test_security_keys_must_have_been_touched_and_have_asked_as_their_line_says(
         assert said(answer(device), file=file)[:2] == (code, AT if code else None), (flags, words)
 
 
+def test_no_changed_byte_of_a_signature_leaves_one_that_either_takes(
+    keys: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "signers"
+    for key in (keys["ann"], Device(ED25519), Device(ECDSA)):
+        file.write_text(f"ann {line_of(key)}\n")
+        [stands] = placed([event(EventType.VERDICT, answer(key))])
+        assert isinstance(stands, dict)
+        good = blob(stands["body"]["signature"])
+        made = good[good.rindex(b"sha512") + 10 :]
+        longer = good[: -len(made) - 4] + string(made + b"\1\0\0\0\1")
+        flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in range(len(good))]
+        for changed in (good, good + b"\0", good[:-1], longer, *flipped):
+            one = stands | {"body": stands["body"] | {"signature": armoured(changed)}}
+            followed = Attested(read_signers(file.read_bytes()))
+            found = list(followed.take(Event.model_validate(one | {"leaf_hash": "0" * 64})))
+            why = verify_ledger.doubted(one, verify_ledger.read_signers(str(file)))[0]
+            assert (found == [], why == "") == (changed == good, changed == good), changed
+
+
 def test_an_ordinary_key_that_is_called_a_device_is_a_lie(said: Say, keys: dict[str, Path]) -> None:
     assert said(answer(keys["ann"]) | {"hardware": True})[:2] == (1, AT)
     assert said(answer(keys["ann"]) | {"hardware": False})[0] == 0
@@ -240,6 +261,33 @@ def test_an_answer_without_one_of_its_parts_is_found(said: Say, keys: dict[str, 
     body = answer(keys["ann"])
     del body[name]
     assert said(body)[:2] == (1, AT)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {},
+        {"issued_at": "2026-05-01T11:59:00+00:00"},
+        {"expires_at": "2026-05-01T12:09:00.000000Z"},
+        {"until": "2026-05-01"},
+        {"nonce": "abc"},
+        {"nonce": "A" * 32},
+        {"comment_sha256": "fine"},
+        {"role": "Editor"},
+        {"to": "b b"},
+    ],
+    ids=str,
+)
+def test_a_statement_has_one_form_even_where_somebody_signed_another(
+    said: Say, keys: dict[str, Path], odd: Plain
+) -> None:
+    body = answer(keys["ann"]) | odd
+    names = ("digest", "approver", "role", "to", "comment_sha256", "nonce", "issued_at", "expires_at", *odd)
+    stated = {"schema_version": 1, "tenant": TENANT, "decision": "approve"}
+    stated |= {name: body[name] for name in names}
+    file = file_of(f"ann {line_of(keys['ann'])}")
+    code, first, _ = said(body | {"signature": sign(keys["ann"], canonical(stated))}, file=file)
+    assert (code, first) == ((1, AT) if odd else (0, None))
 
 
 def test_what_was_delegated_is_part_of_what_was_signed(said: Say, keys: dict[str, Path]) -> None:
@@ -402,6 +450,7 @@ def test_of_a_revoked_key_nothing_can_be_told_but_what_was_never_signed(
 def with_key(keys: dict[str, Path], *lines: str) -> bytes:
     """Lines in which KEY, BOB and DEVICE stand for keys."""
     texts = {"KEY": line_of(keys["ann"]), "BOB": line_of(keys["bob"]), "DEVICE": line_of(Device())}
+    texts["BLOB"] = texts["KEY"].split()[1]
     made = list[str]()
     for line in lines:
         for word, text in texts.items():
@@ -433,6 +482,7 @@ BAD_FILES: dict[str, tuple[str, ...]] = {
     "half a key": ("ann ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAA",),
     "a key of a kind that does not count": ("ann ssh-rsa " + "A" * 68,),
     "a key that is called another": ("ann sk-KEY",),
+    "a key that is called a device": ("ann sk-ssh-ed25519@openssh.com BLOB",),
     "a pattern": ("*@example.com KEY",),
     "a question mark": ("an? KEY",),
     "all but one": ("!bob,ann KEY",),
