@@ -19,7 +19,7 @@ from temporalio.service import RPCError
 from activities.services import pages
 from activities.services.ledger_store import LedgerStore
 from activities.services.runs import Reading, Runs
-from activities.services.signing_in import Handler, SignedIn, refusal
+from activities.services.signing_in import Handler, SignedIn, form_of, refusal
 from models.channels import DeskSettings, path_of
 from models.errors import CountersignError, InvalidInput, LedgerBroken
 from models.gate import Judged, Kind, Refusal, read_message
@@ -133,15 +133,14 @@ async def _message(request: web.Request) -> dict[str, Any]:
     """What was sent, from a form or as JSON; fields that were left empty are left out."""
     if request.content_type == "application/json":
         return _object(await request.read())
-    form = await request.post()
-    message: dict[str, Any] = {name: value for name, value in form.items() if value}
+    message: dict[str, Any] = {name: value for name, value in (await form_of(request)).items() if value}
     return message | {"review": True} if message.get("review") == "true" else message
 
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
         given = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
         raise web.HTTPBadRequest(reason="send one JSON object with digest and approver")

@@ -226,6 +226,8 @@ async def test_a_browser_is_taken_back_to_the_page_it_came_for_and_nowhere_else(
         ("https://evil.example", "/"),
         ("//evil.example", "/"),
         ("/\\evil.example", "/"),
+        ("/\t/evil.example", "/"),
+        ("/\r\nX: y", "/"),
     ):
         signed = await anybody.post("/signin", data={"token": TOKEN, "next": wanted}, headers=PAGE)
         assert (signed.status_code, signed.headers["Location"]) == (303, got)
@@ -241,6 +243,7 @@ async def test_a_browser_is_taken_back_to_the_page_it_came_for_and_nowhere_else(
         (b'{"approver": "ann"}', 422, "digest"),
         (b'{"digest": "x", "approver": "ann"}', 422, "digest"),
         (b"\xff\xfe", 400, "one JSON object"),
+        (b"[" * 60_000, 400, "one JSON object"),
         (b'"' + b"x" * 100_000 + b'"', 413, ""),
     ],
 )
@@ -253,6 +256,23 @@ async def test_what_is_no_answer_is_refused_with_the_field_and_the_run_goes_on(
     assert got.status_code == status
     assert words in got.json()["error"]
     assert (await stack.approve(run)).counted
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("application/x-www-form-urlencoded", b"token=\xff\xfe"),
+        ("application/x-www-form-urlencoded; charset=nope", b"token=x"),
+        ("multipart/form-data; boundary=x", b"junk"),
+        ("multipart/form-data", b"junk"),
+    ],
+)
+async def test_a_form_that_cannot_be_read_is_refused_with_a_reason(
+    program: httpx.AsyncClient, kind: str, sent: bytes
+) -> None:
+    for place in ("/signin", "/runs/content-nothing/approve"):
+        got = await program.post(place, content=sent, headers={"Content-Type": kind})
+        assert got.status_code == 400 and "cannot be read" in got.json()["error"]
 
 
 async def test_unknown_runs_and_unknown_answers_are_not_found(program: httpx.AsyncClient) -> None:

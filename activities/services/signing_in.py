@@ -6,6 +6,7 @@ Another site's page gets nothing: a request that names an origin is answered onl
 from __future__ import annotations
 
 import hmac
+import re
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Iterable
 from html import escape
@@ -19,6 +20,8 @@ from models.errors import InvalidInput
 
 SHORTEST_TOKEN = 16
 COOKIE_SECONDS = 8 * 3600
+INSIDE = re.compile(r"/(?![/\\])[!-~]*")
+"""Browsers leave out tabs and line ends, so that a slash, a tab and a slash lead to another server."""
 SIGN_IN = """<!doctype html><title>Countersign: {title}</title>
 <form method="post"><label>Token of the {title}
 <input type="password" name="token" autofocus autocomplete="off"></label>
@@ -128,12 +131,12 @@ class SignedIn(Listening):
         return web.Response(text=page, content_type="text/html")
 
     async def _sign_in(self, request: web.Request) -> web.StreamResponse:
-        form = await request.post()
+        form = await form_of(request)
         given = form.get("token", "")
-        text = given.strip() if isinstance(given, str) else ""
+        text = given.strip()
         if not hmac.compare_digest(text.encode(errors="replace"), self._token):
             return self._failed(request, 401, "that is not the token")
-        response = self._welcome(_inside(str(form.get("next", ""))))
+        response = self._welcome(_inside(form.get("next", "")))
         response.set_cookie(
             self.cookie,
             self._session,
@@ -150,6 +153,19 @@ class SignedIn(Listening):
         """What somebody sees who has just signed in on the way to `path`, which may be empty."""
 
 
+async def form_of(request: web.Request) -> dict[str, str]:
+    """The fields of a form; a file is none.
+
+    Raises:
+        HTTPBadRequest: it cannot be read.
+    """
+    try:
+        form = await request.post()
+    except (ValueError, LookupError, AssertionError):
+        raise web.HTTPBadRequest(reason="this form cannot be read; send it in UTF-8") from None
+    return {name: value for name, value in form.items() if isinstance(value, str)}
+
+
 def refusal(status: int, text: str) -> web.Response:
     """Why there is nothing else, for programs."""
     return web.json_response({"error": text}, status=status)
@@ -157,7 +173,7 @@ def refusal(status: int, text: str) -> web.Response:
 
 def _inside(path: str) -> str:
     """A path of this server, or nothing: whoever made the link to sign in by may be anybody."""
-    return path if path.startswith("/") and not path.startswith(("//", "/\\")) else ""
+    return path if INSIDE.fullmatch(path) else ""
 
 
 def _cors(origin: str) -> dict[str, str]:
