@@ -33,7 +33,7 @@ from models.loop import Ref
 from models.prose import Grounds, escape, escape_with_links, faults, slugify, tidy
 from models.settings import ContentSettings
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples" / "briefs").glob("*.md"))
+EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.md"))
 LIMITS = ContentSettings(banned_phrases=("game changer",), min_words=10)
 SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
