@@ -186,6 +186,23 @@ def test_an_error_without_an_attempt_is_told_by_its_type_and_never_by_its_text()
     assert said == [Sign.PRESSURE, Sign.BROKEN_SCHEMA, Sign.FAULT, *[Sign.NOTHING] * 3]
 
 
+def test_of_ever_new_schemas_only_so_many_breakers_are_kept_and_none_that_has_something_to_say(ticks):
+    breakers = Breakers(ticks, lambda: 1.0, most=8)
+    opened(breakers.of("schema of edge", "m", "bad"))
+    breakers.of("schema of edge", "m", "shaky").saw(Sign.UNREACHED)
+    for number in range(20):
+        breakers.of("schema of edge", "m", str(number)).saw(Sign.GOOD)
+    assert len(breakers._breakers) == 8
+    assert breakers.of("schema of edge", "m", "bad").ask() is Pass.STOP
+    for _ in range(CONNECTS - 1):
+        breakers.of("schema of edge", "m", "shaky").saw(Sign.UNREACHED)
+    assert breakers.of("schema of edge", "m", "shaky").is_open
+    for number in range(8):
+        opened(breakers.of("edge", str(number)))
+    assert len(breakers._breakers) == 8
+    assert breakers.openings() == 10
+
+
 async def test_a_door_lets_in_as_many_as_there_is_room_for_in_order(ticks):
     door, entered, go = Admission(2, ticks), [], asyncio.Event()
 

@@ -25,6 +25,8 @@ RAMP = (10, 25, 50, 100)
 """Percent of an endpoint's room that is used after a probe, a step per `STEP` good answers. Calls beyond it
 wait; were they refused, an only endpoint would fail most of its calls after it has recovered."""
 STEP = 5
+MOST_BREAKERS = 4096
+"""Schemas may hold a request's own words, so that there are ever new ones."""
 
 
 class Sign(StrEnum):
@@ -109,6 +111,11 @@ class Breaker:
         """Whether calls are kept away now; a probe may be due all the same."""
         return self._until is not None
 
+    @property
+    def is_calm(self) -> bool:
+        """Whether one made anew would say the same."""
+        return self._until is None and not self._unreached and self._ramp == len(RAMP) - 1
+
     def ask(self) -> Pass:
         """Say what a call may do now."""
         if self._until is None:
@@ -183,16 +190,29 @@ class Breakers:
 
     clock: Callable[[], float]
     jitter: Callable[[], float]
+    most: int = MOST_BREAKERS
+    """So many are kept."""
     _breakers: dict[tuple[str, str, str], Breaker] = field(
         default_factory=dict[tuple[str, str, str], Breaker]
     )
+    """Those that were asked for last stand last."""
+    _before: int = 0
+    """How often those opened that are not kept any more."""
 
     def of(self, endpoint: str, model: str = "", mode: str = "") -> Breaker:
         """The breaker of an endpoint with the model behind it, asked in one way."""
         key = (endpoint, model, mode)
-        if key not in self._breakers:
-            self._breakers[key] = Breaker(self.clock, self.jitter)
-        return self._breakers[key]
+        one = self._breakers.pop(key, None) or Breaker(self.clock, self.jitter)
+        self._breakers[key] = one
+        if len(self._breakers) > self.most:
+            self._leave()
+        return one
+
+    def _leave(self) -> None:
+        """Forget one that nobody has asked for in a long time, if there is one that has nothing to say."""
+        keys = list(self._breakers)[:-1]
+        gone = next((key for key in keys if self._breakers[key].is_calm), keys[0])
+        self._before += self._breakers.pop(gone).openings
 
     def is_open(self, endpoint: str) -> bool:
         """Whether any breaker of an endpoint is open."""
@@ -200,4 +220,4 @@ class Breakers:
 
     def openings(self) -> int:
         """How often any of them opened."""
-        return sum(one.openings for one in self._breakers.values())
+        return self._before + sum(one.openings for one in self._breakers.values())

@@ -35,7 +35,7 @@ from activities.services.questions import (
 from activities.services.till import Till, Try
 from activities.tiers.base import Endpoint
 from models.calibration import confidence
-from models.canonical import digest_of
+from models.canonical import digest_of, sha256
 from models.cascade import unsure
 from models.errors import (
     CountersignError,
@@ -327,8 +327,9 @@ class Answerer:
         schema, tier = tried.question.schema, tried.tier.name
         if schema is None:
             return None
-        text = json.dumps(schema, sort_keys=True)
-        return self._breakers.of(f"schema of {tier}", self._models[tier], text)
+        # By its name, for it may hold what the call is about, which is to be gone with the call.
+        named = sha256(json.dumps(schema, sort_keys=True).encode())
+        return self._breakers.of(f"schema of {tier}", self._models[tier], named)
 
     async def _pass(self, tier: str, breaker: Breaker) -> None:
         match breaker.ask():
