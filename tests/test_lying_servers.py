@@ -20,8 +20,6 @@ from models.settings import EmbeddingSettings, TierSettings
 ANSWER = "The door code is 4711."
 ASKED = Prompt(messages=(Message(role="user", content="What is the code?"),), max_tokens=32)
 FACTS = {
-    "/v1/models": {"data": [{"id": "m"}]},
-    "/info": {"model_id": "m"},
     "/apply-template": {"prompt": "templated"},
     "/tokenize": {"tokens": [1, 2, 3], "count": 3},
 }
@@ -31,8 +29,9 @@ STREAM = "content-type: text/event-stream\r\n"
 class Liar:
     """Answers facts as it should, and everything else with the very bytes it was given."""
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, name: str = "m") -> None:
         self.raw = raw
+        self.facts = FACTS | {"/v1/models": {"data": [{"id": name}]}, "/info": {"model_id": name}}
         self.heads: list[str] = []
 
     async def __call__(self, reader, writer) -> None:
@@ -42,7 +41,7 @@ class Liar:
             for line in head.lower().splitlines():
                 if line.startswith("content-length:"):
                     await reader.readexactly(int(line.partition(":")[2]))
-            fact = FACTS.get(head.split(" ")[1])
+            fact = self.facts.get(head.split(" ")[1])
             whole = json.dumps(fact).encode()
             writer.write(http(whole, "content-type: application/json\r\n") if fact else self.raw)
             await writer.drain()
@@ -75,8 +74,8 @@ GOOD = sse(words(ANSWER, "stop"), usage())
 
 
 @asynccontextmanager
-async def lying(raw: bytes, kind: str = "llama_cpp"):
-    liar = Liar(raw)
+async def lying(raw: bytes, kind: str = "llama_cpp", name: str = "m"):
+    liar = Liar(raw, name)
     async with await asyncio.start_server(liar, "127.0.0.1", 0) as server:
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         settings = TierSettings(name="edge", kind=kind, url=url)
@@ -245,6 +244,17 @@ def test_json_that_readers_may_take_differently_or_cannot_keep_is_none(text):
     good = '{"price": 1.5, "name": "\\ud83d\\ude00", "in": {"price": 2}}'
     assert holds(good, schema)
     assert schema_objections(good, schema) == ()
+
+
+@pytest.mark.parametrize("kind", ["llama_cpp", "tgi", "openai_compatible"])
+@pytest.mark.parametrize("name", ["\ud800", "m\x00", "m\n", "m" * 501])
+async def test_a_name_that_no_record_can_keep_is_no_models_name(kind, name):
+    async with lying(http(GOOD, STREAM), kind, name) as (tier, liar):
+        with pytest.raises(TierUnavailable):
+            await tier.complete(ASKED)
+        assert len(liar.heads) == 1
+    async with lying(http(GOOD, STREAM), kind, "/models/größe 1.gguf") as (tier, _):
+        assert (await tier.complete(ASKED)).model == "/models/größe 1.gguf"
 
 
 @asynccontextmanager

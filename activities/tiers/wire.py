@@ -40,6 +40,7 @@ from models.inference import Attempt, Completion, Ending, Prompt, TimeLimit
 from models.settings import EmbeddingSettings, TierSettings
 
 CHAT_PATH = "/v1/chat/completions"
+LONGEST_NAME = 500
 IDENTITY_SECONDS = 60.0
 """How long a server's own name for its model is believed before it is asked again."""
 READY_SECONDS = 2.0
@@ -336,6 +337,8 @@ class ChatEndpoint:
         now = self._clock()
         if self._identity is None or now - self._identity[1] > IDENTITY_SECONDS:
             name = await self.identify()
+            if len(name) > LONGEST_NAME or not name.isprintable():
+                raise self.no_answer("a model's name that is none")
             if self._first is None and self._accepted is not None and not self.settings.model:
                 self._first = await self._accepted()
             self._accept(name)
