@@ -117,3 +117,9 @@ def test_a_full_disk_behind_standard_output_is_an_error_and_no_traceback(
     assert ran.returncode == Exit.NOT_READY, ran.stderr
     assert "No space left on device" in ran.stderr and "Traceback" not in ran.stderr
     assert ran.stderr.count("No space") == 1
+
+
+def test_what_the_doctor_found_is_not_cut_where_nobodys_terminal_sets_a_width(
+    kept: Path, tmp_path: Path
+) -> None:
+    assert f"{tmp_path}/keys/ledger.pem is not there yet" in run(kept, "doctor").stdout

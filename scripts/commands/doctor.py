@@ -20,9 +20,8 @@ from typing import Annotated
 
 import httpx
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -34,6 +33,7 @@ from scripts import stack
 from scripts.commands.findings import Finding, Health
 from scripts.commands.keys import look_at_keys
 from scripts.commands.policy import look_at_policy
+from scripts.commands.session import console
 from temporal import dev_server
 from workers import config
 
@@ -53,7 +53,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in findings], indent=2))
     else:
-        Console(highlight=False).print(table(findings))
+        console().print(table(findings))
     raise typer.Exit(0 if can_start(findings) else 3)
 
 
@@ -82,9 +82,8 @@ def table(findings: list[Finding]) -> Table:
     colours = {Health.OK: "green", Health.ABSENT: "yellow", Health.FAILED: "red"}
     shown = Table("what", "state", "found", "will use / do", box=None, pad_edge=False)
     for each in findings:
-        shown.add_row(
-            each.name, f"[{colours[each.health]}]{each.health}[/]", escape(each.found), escape(each.use)
-        )
+        state = Text(each.health, style=colours[each.health])
+        shown.add_row(each.name, state, Text(each.found), Text(each.use))
     return shown
 
 
