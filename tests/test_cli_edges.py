@@ -13,9 +13,11 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner, Result
 
-from models.errors import UnknownName
+from models.errors import InvalidInput, UnknownName
+from models.gate import Kind
 from models.settings import Settings
 from scripts.cli import app
+from scripts.commands.answer import signed
 from scripts.exits import SHOWN, Exit, code_of, text_of
 from tests.databases import migrated
 from workers import config
@@ -93,6 +95,13 @@ def test_an_error_obeys_no_control_character_and_keeps_its_end_however_long() ->
     text = text_of(UnknownName(f"route: \x1b[31m\u202e{'x' * 100_000}; look at `countersign pending`"))
     assert "\x1b" not in text and "\u202e" not in text and len(text) < SHOWN + 10
     assert text.startswith("route: ") and text.endswith("look at `countersign pending`")
+
+
+@pytest.mark.parametrize("key", ["", ".", "none", "/"])
+async def test_what_is_no_key_signs_nothing(tmp_path: Path, key: str) -> None:
+    message = {"digest": "0" * 64, "approver": "ann"}
+    with pytest.raises(InvalidInput, match="--sign: "):
+        await signed("default", Kind.APPROVE, message, tmp_path / key if key == "none" else Path(key))
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, text: str) ->
     ("name", "text"),
     [
         ("temporal.ui_port", "-1"),
-        ("temporal.task_timeout", "0"),
+        ("temporal.task_timeout", "PT0S"),
         ("weaviate.port", "65536"),
         ("embeddings.dimensions", "0"),
         ("embeddings.timeout_seconds", "-1"),

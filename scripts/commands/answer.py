@@ -164,7 +164,7 @@ async def signed(tenant: str, kind: Kind, message: dict[str, Any], key: Path) ->
 
 def _on_device(key: Path) -> bool:
     """Whether the public half that lies beside a key is that of a security key."""
-    public = key if key.suffix == ".pub" else key.with_name(f"{key.name}.pub")
+    public = key if key.suffix == ".pub" else Path(f"{key}.pub")
     with suppress(OSError, UnicodeDecodeError):
         return public.read_text("utf-8").startswith(SECURITY_KEYS)
     return False
