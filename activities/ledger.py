@@ -6,6 +6,7 @@ from typing import Protocol
 
 from temporalio import activity
 
+from activities.heartbeat import heartbeats
 from models.ledger import Append, Appended
 from models.orders import Admission, Admitted, Conclusion, Presentation, Presented
 
@@ -55,7 +56,8 @@ class Ledger:
     @activity.defn(name="record")
     async def record(self, wish: Append) -> Appended:
         """Append to the run's stream, or learn what stands there."""
-        return await self._ledger.append(wish)
+        async with heartbeats():
+            return await self._ledger.append(wish)
 
     @activity.defn(name="present")
     async def present(self, presentation: Presentation) -> Presented:

@@ -36,6 +36,8 @@ FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=20), timedelta(minutes=10)
 """Between rounds over all tiers, while every one of them is away."""
 BOOKKEEPING = timedelta(hours=24)
 """A full disk or a locked database may take a person to mend; nothing is lost by waiting."""
+SILENT = timedelta(seconds=5)
+"""A worker that died while it held the stream of a flooded run keeps the answers behind it waiting."""
 
 
 async def book(activity: Any, order: Any, summary: str | None = None) -> Any:
@@ -58,6 +60,7 @@ async def book_apart(activity: Any, order: Any, summary: str | None = None) -> A
         order,
         schedule_to_close_timeout=BOOKKEEPING,
         start_to_close_timeout=timedelta(seconds=60),
+        heartbeat_timeout=SILENT,
         retry_policy=SOON,
         summary=summary,
     )
