@@ -171,7 +171,8 @@ def test_a_variable_that_reaches_nothing_is_refused(
 
 @pytest.mark.parametrize("text", ["a = [", "a=" + "[" * 5000 + "]" * 5000, "\0"])
 def test_a_file_that_is_no_toml_is_refused_by_name(tmp_path: Path, text: str) -> None:
-    with pytest.raises(InvalidInput, match="^InvalidInput: COUNTERSIGN_CONFIG: .* is not accepted; correct the TOML"):
+    refused = "^InvalidInput: COUNTERSIGN_CONFIG: .* is not accepted; correct the TOML"
+    with pytest.raises(InvalidInput, match=refused):
         load(tmp_path, text)
 
 
