@@ -45,6 +45,13 @@ PRAGMAS = (
     "recursive_triggers=on",
 )
 BUSY_MILLISECONDS = 30_000
+ALIVE = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+"""For PostgreSQL (libpq): a link that died without a word holds the writer for 25 seconds, not for hours."""
 
 
 class Shared(NamedTuple, Generic[Item, T]):
@@ -288,7 +295,7 @@ def from_micros(value: int) -> datetime:
 
 def _engine(url: str) -> Engine:
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True)
+        return create_engine(url, pool_pre_ping=True, connect_args=ALIVE)
     engine = create_engine(
         url, connect_args={"timeout": BUSY_MILLISECONDS / 1000, "check_same_thread": False}
     )
