@@ -1,6 +1,7 @@
 """What only a git site must withstand: kills, pushes from outside, hostile text, and builds that race."""
 
 import asyncio
+import fcntl
 import html
 import json
 import os
@@ -200,6 +201,23 @@ async def test_a_lock_whose_owner_was_killed_is_cleared(tmp_path: Path):
     lock.touch()
     os.utime(lock, (0, 0))
     await site.apply(KEY, post(), dry.version, soon())
+    assert not lock.exists()
+
+
+async def test_a_lock_is_not_cleared_by_two_at_once(tmp_path: Path):
+    site = offline(tmp_path)
+    await publish(site, post())
+    lock = tmp_path / "site.git" / f"{REF}.lock"
+    lock.touch()
+    os.utime(lock, (0, 0))
+    git = Git(tmp_path / "site.git", now)
+    head = head_of(tmp_path)
+    with (tmp_path / "site.git" / "clearing").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        # Another process has looked at it, and is about to take it away.
+        assert not await git.swap(REF, head, head)
+        assert lock.exists()
+    assert await git.swap(REF, head, head)
     assert not lock.exists()
 
 

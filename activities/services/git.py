@@ -6,6 +6,7 @@ The only way to move a branch is `swap`, git's own compare-and-set.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import uuid
@@ -196,9 +197,19 @@ class Git:
     def _clear_abandoned_lock(self, ref: str) -> None:
         """Git holds a branch's lock for milliseconds; one that is a minute old lost its owner to a kill."""
         lock = self.repository / f"{ref}.lock"
-        with contextlib.suppress(FileNotFoundError):
-            if self._clock().timestamp() - lock.stat().st_mtime > ABANDONED.total_seconds():
+        if not self._is_abandoned(lock):
+            return
+        # Of two who saw it, the slower one would take away the lock that the faster one's git holds by then.
+        with (self.repository / "clearing").open("a") as turn, contextlib.suppress(BlockingIOError):
+            fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if self._is_abandoned(lock):
                 lock.unlink()
+
+    def _is_abandoned(self, lock: Path) -> bool:
+        try:
+            return self._clock().timestamp() - lock.stat().st_mtime > ABANDONED.total_seconds()
+        except FileNotFoundError:
+            return False
 
 
 def _index_line(path: str, entry: Entry | None) -> bytes:
