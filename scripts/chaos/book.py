@@ -41,6 +41,8 @@ class Target:
     coming: list[Sent] = field(default_factory=list[Sent])
     calls: Counter[str] = field(default_factory=Counter[str])
     wrong: list[str] = field(default_factory=list[str])
+    forced: str = ""
+    """How it answers whoever is no caller, if not well."""
     allowed: Callable[[str], str | None] = lambda key: None
     """Why nothing may begin under a key now."""
 
@@ -82,7 +84,7 @@ class Target:
         if self.careful and self.stage.clock() >= deadline:
             raise ConnectorUnavailable("the deadline has passed")
         self.calls[sent.key] += 1
-        answer = self.stage.choose("answers", "is lost", "comes late", "is away", "refuses")
+        answer = self.forced or self.stage.choose("answers", "is lost", "comes late", "is away", "refuses")
         if answer == "is away":
             raise ConnectorUnavailable("the target is away")
         if answer == "refuses":

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -30,7 +30,7 @@ from activities.services.actor import Actor
 from activities.services.database import Database, from_micros
 from activities.services.ledger_store import add_in
 from models.canonical import derived_id
-from models.errors import ConnectorRejected, CountersignError
+from models.errors import ConnectorRejected, ConnectorUnavailable, CountersignError
 from models.ledger import Draft, EventType
 from models.loop import Guarantee, Intent, action_key
 from models.orders import Effected, EffectOrder
@@ -108,11 +108,14 @@ class Case:
     undoing: bool = False
     """It was applied, and the run has decided to take it back."""
     careful: bool = True
+    begun: str = ""
+    """How the target answered an attempt before all these, whose time is over."""
 
     @property
     def name(self) -> str:
         """As a test is called."""
-        words = [self.guarantee.value, "+".join(self.calls), *self.events]
+        begun = [self.begun.replace(" ", "_")] if self.begun else []
+        words = [self.guarantee.value, *begun, "+".join(self.calls), *self.events]
         return "-".join(
             words + (["undoing"] if self.undoing else []) + ([] if self.careful else ["careless"])
         )
@@ -185,6 +188,8 @@ class Playing:
 
     async def play(self) -> tuple[list[str], list[str]]:
         """All of it, and the judgement."""
+        if self.case.begun:
+            await self._begins()
         names = [f"{word}{place}" for place, word in enumerate(self.case.calls, start=1)]
         calls = zip(names, self.case.calls, strict=True)
         await self.stage.run(
@@ -195,6 +200,13 @@ class Playing:
             await Judge(self).judge()
             self.world.judged[end] = tuple(self.wrong)
         return self.stage.told, [*self.world.judged[end]]
+
+    async def _begins(self) -> None:
+        self.target.forced = self.case.begun
+        with suppress(ConnectorUnavailable):
+            await (self.actor.undo if self.case.undoing else self.actor.apply)(self.order)
+        self.target.forced = ""
+        self.stage.pass_by(max(self.deadlines()))
 
     async def _calls(self, name: str, word: str) -> None:
         steps = ("apply", "apply", "settle", "settle") if word == "saga" else (word,)
@@ -307,6 +319,9 @@ def cases() -> list[Case]:
             Case(kind, calls, EVENTS, careful=careful) for calls in CALLS + MORE for careful in (True, False)
         ]
         found += [Case(kind, calls, ("drift",), undoing=True) for calls in UNDOES]
+        for begun in ("is away", "is lost", "comes late"):
+            found += [Case(kind, calls, ("drift",), begun=begun) for calls in CALLS]
+            found += [Case(kind, ("undo", "undo"), ("drift",), undoing=True, begun=begun)]
     return found
 
 
