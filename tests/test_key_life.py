@@ -233,6 +233,15 @@ async def test_a_key_made_in_the_place_of_one_that_is_gone_signs_nothing(place: 
     assert (await place.run("ledger", "verify")).exit_code == 0
 
 
+@pytest.mark.parametrize("command", ["key", "verify", "checkpoint", "rotate"])
+async def test_no_command_makes_a_key_beside_notes_of_one_that_is_gone(place: Place, command: str) -> None:
+    await exported(place)
+    (place.folder / KEY_FILE).unlink()
+    ended = await place.run("ledger", command)
+    assert ended.exit_code == 2 and "restore it" in ended.stderr
+    assert not (place.folder / KEY_FILE).exists()
+
+
 async def test_who_runs_since_before_a_rotation_goes_on_signing_with_the_old_key(place: Place) -> None:
     old = load_key(place.folder)
     for _ in range(2):

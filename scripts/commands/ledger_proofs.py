@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-from sqlalchemy import Connection
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import Connection, create_engine, make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from activities.services.checkpoints import (
+    KEY_FILE,
     Checkpoints,
     Written,
     last_note,
@@ -155,7 +158,7 @@ def rotate(
 async def _rotate(settings: Settings, who: str) -> tuple[NoteKey, NoteKey]:
     async with opened(settings) as session:
         await _signer(session).write(session.tenant)
-        old, new = load_key(settings.data), next_key(settings.data)
+        old, new = _private(settings), next_key(settings.data)
         origin = settings.ledger.origin
 
         def log(link: Connection, tenant: str) -> None:
@@ -242,12 +245,26 @@ def _signer(session: Session) -> Checkpoints:
     ledger, data = session.settings.ledger, session.settings.data
     kept_by = witnesses(ledger.witnesses, data, utc_now)
     asked = [RemoteCosigner(one, utc_now) for one in ledger.cosigners]
-    key, needed = load_key(data), ledger.cosigners_needed
+    key, needed = _private(session.settings), ledger.cosigners_needed
     return Checkpoints(session.database, key, ledger.origin, kept_by, asked, needed)
 
 
+def _private(settings: Settings) -> Ed25519PrivateKey:
+    """The signing key; none is made beside notes that another one signed, which it could not follow."""
+    path, url = settings.data / KEY_FILE, make_url(settings.database_url)
+    is_there = not url.drivername.startswith("sqlite") or Path(url.database or "").exists()
+    if is_there and not path.exists():
+        engine = create_engine(url)
+        with suppress(SQLAlchemyError), engine.connect() as link:
+            if last_note(link, settings.tenant) is not None:
+                remedy = "it is gone, and checkpoints are signed by it; restore it from its backup"
+                raise InvalidInput.field("key", str(path), remedy)
+        engine.dispose()
+    return load_key(settings.data)
+
+
 def _key(settings: Settings) -> NoteKey:
-    public = load_key(settings.data).public_key().public_bytes_raw()
+    public = _private(settings).public_key().public_bytes_raw()
     return NoteKey(f"{settings.ledger.origin}/{settings.tenant}", public)
 
 
