@@ -149,6 +149,15 @@ def test_a_target_that_will_not_take_it_back_may_still_do_so_for_the_attempt_bef
     assert heard == ["ConnectorUnavailable"] * 2
 
 
+def test_who_is_refused_while_another_one_takes_it_back_does_not_call_it_impossible(
+    loop: Clocked, undoing: Overlaps
+) -> None:
+    case = Case(KEYED, ("undo", "undo"), ("drift",), undoing=True)
+    refused = ("undo1.start", "undo1.writes", "undo1.reads", "drift", "undo1.sends")
+    meanwhile = ("undo2.start", "undo2.writes", "undo1.writes", "drift")
+    assert told(loop, undoing, case, *refused, *meanwhile) == ["ConnectorUnavailable", "undone"]
+
+
 def test_what_cannot_be_taken_back_is_not_tried_again(loop: Clocked, undoing: Overlaps) -> None:
     case = Case(BLIND, ("undo", "undo"), undoing=True)
     heard = told(loop, undoing, case, "undo1.start", "refuses")

@@ -360,7 +360,7 @@ class Actor:
 
     async def _close_refused(self, job: Job, error: ConnectorRejected) -> None:
         wait_for_earlier(job, self._clock())
-        await self._close(job, Held.CLOSED, f"the target refused: {type(error).__name__}")
+        await self._close_alone(job, Held.CLOSED, f"the target refused: {type(error).__name__}")
 
     async def _drifted(self, job: Job, reason: str, rethink: bool = False) -> Effect:
         await self._close_alone(job, Held.DRIFTED, f"drift: {reason[:200]}")
