@@ -27,7 +27,7 @@ from models.errors import CountersignError
 from models.gate import Kind, Verdict
 from models.ledger import Append, Draft, EventType, act_stream, event_id, policy_stream
 from models.loop import Action, Assurance, Exemption, GateRule, Proposal, Request
-from models.orders import EffectOrder, PlanOrder, Presentation
+from models.orders import Effected, EffectOrder, PlanOrder, Presentation
 from models.policy import GATE_POLICY, POLICY_AGENT, AgentPolicy, Policy, policy_digest
 from scripts.chaos.explorer import Choices, Clocked, Move, Ran, Stage, every
 from scripts.chaos.overlaps import NOW, Stepped
@@ -93,7 +93,7 @@ class Office:
         policy = POLICY.of(agent)
         return Presentation(
             append=Append(tenant=TENANT, stream=name, expected=0, drafts=drafts),
-            request=Request(agent=agent, key=name, body=ref),
+            request=Request(agent=agent, key=name, body=ref, requester="bob"),
             number=1,
             proposal=proposal,
             plans=planned.plans,
@@ -166,6 +166,9 @@ class Played:
                 order = EffectOrder(tenant=TENANT, workflow_id=name, digest=bound.digest, action=0)
                 self.heard.append((word, (await self.office.actor.apply(order)).what.value))
             else:
+                if step == "undo":
+                    reason = {"actions": [0], "reason": "why"}
+                    await self.office.ends(self.orders[name], EventType.COMPENSATION, reason)
                 effect = await getattr(self.office.actor, step)(self.orders[name])
                 self.heard.append((word, effect.what.value))
         except CountersignError as error:
@@ -190,6 +193,8 @@ class Played:
         if len({one.body["key"] for one in changed}) != len(changed):
             self.wrong.append("one key changed the policy twice")
         made = {one.body["digest"] for one in changed if "withdraws" not in one.body}
+        if {self.orders["change1"].digest, self.orders["change2"].digest} <= made:
+            self.wrong.append("two changes were made that were planned against one policy")
         for word, what in self.heard:
             order = self.orders.get(word.removeprefix("apply "))
             if word.startswith("apply change") and order is not None:
@@ -219,12 +224,11 @@ def office(
         database = Database(url)
         office = Office(database, folder, lambda: NOW)
         first = await office.change("first", automatic=True, grants=(LAST,))
-        await office.actor.apply(first)
+        assert (await office.actor.apply(first)).what is Effected.APPLIED
         orders = {"first": first, "acts": await office.bind("acts", AGENT, "note", {"text": "acts"})}
         orders["other"] = await office.bind("other", AGENT, "note", {"text": "other"})
         orders["change1"] = await office.change("change1", automatic=True, automatic_up_to="read_only")
         orders["change2"] = await office.change("change2", automatic=False, grants=(LAST,))
-        await office.ends(first, EventType.COMPENSATION, {"actions": [0], "reason": "why"})
         database.close()
         return orders
 
@@ -278,9 +282,7 @@ def explored(office: Standing, words: tuple[str, ...], first: str = "") -> tuple
                 path.unlink()
             played = Played(database, folder, orders, choices)
             if first:
-                await played.office.actor.apply(orders[first])
-                reason = {"actions": [0], "reason": "why"}
-                await played.office.ends(orders[first], EventType.COMPENSATION, reason)
+                assert (await played.office.actor.apply(orders[first])).what is Effected.APPLIED
             await played.play(*words)
             return [*played.stage.told, *map(str, played.heard)], played.wrong
 
