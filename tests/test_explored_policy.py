@@ -243,11 +243,8 @@ def office(
     [
         ("apply change1", "apply change1"),
         ("apply change1", "apply change2"),
-        ("apply change1", "settle change1"),
         ("apply acts", "apply change1"),
         ("apply acts", "undo first"),
-        ("apply change1", "undo first"),
-        ("apply acts", "fails other"),
         ("apply change1", "fails other"),
     ],
     ids=" and ".join,
