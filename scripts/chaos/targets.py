@@ -60,7 +60,9 @@ class Letters:
         path = self._folder / uuid.uuid4().hex
         draft = path.with_suffix(".draft")
         # By a clock that all processes share, and that nobody can set.
-        draft.write_text(json.dumps({"key": key, "arrives": time.monotonic() + float(work.arguments["seconds"])}))
+        draft.write_text(
+            json.dumps({"key": key, "arrives": time.monotonic() + float(work.arguments["seconds"])})
+        )
         draft.rename(path)
         self._sent("sent")
         while path not in self._arrived():  # noqa: ASYNC110 - the post has no event to await
