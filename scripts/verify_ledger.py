@@ -559,7 +559,8 @@ class Conduct:
         undo, done, receipt = key.endswith(".undo"), key in run["done"], kind == "receipt"
         if key != f"{digest}.{action}" + ".undo" * undo or (not receipt and undo != (kind == "compensation")):
             return [f"action key {key} does not fit a {kind} of action {action} of intent {digest}"]
-        late = run["ended"] - {"in_doubt"} and key not in run["in_doubt"]
+        open_ = {"in_doubt", "compensation_failed" * undo}  # for want of an answer, which may still come
+        late = run["ended"] - open_ and key not in run["in_doubt"]
         why = "" if receipt or done else self._unallowed(run, event, digest, action, undo)
         run["done" if receipt else "tried"].add(key)
         reasons = (

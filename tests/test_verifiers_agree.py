@@ -342,6 +342,20 @@ FORGED: dict[str, list[Plain]] = {
 }
 
 
+@pytest.mark.parametrize(("status", "code"), [("compensation_failed", 0), ("compensated", 1), ("failed", 1)])
+def test_an_answer_to_an_undo_may_come_late_where_the_run_ended_without_one(
+    both: Both, status: str, code: int
+) -> None:
+    begun = _undone(EventType.COMPENSATION, reason="x")
+    ended = event(EventType.OUTCOME, {"status": status})
+    answer = event(EventType.RECEIPT, begun[-1]["body"], act_stream(RUN))
+    lines, note = export(placed([*begun, ended, answer]), INTENT)
+    assert both.say(lines, note)[0] == code
+    late = event(EventType.RECEIPT, RECEIPT["body"], act_stream(RUN))
+    lines, note = export(placed([*begun[:5], *begun[6:], ended, late]), INTENT)
+    assert both.say(lines, note)[0] == 1
+
+
 @pytest.mark.parametrize("name", FORGED)
 def test_what_nobody_allowed_is_found_wherever_it_stands(both: Both, name: str) -> None:
     lines, note = export(placed(FORGED[name]), INTENT)

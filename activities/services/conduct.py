@@ -29,6 +29,8 @@ class _Run:
     doubtful: set[str] = field(default_factory=set[str])
     changed: set[str] = field(default_factory=set[str])
     ended: bool = False
+    still_undoing: bool = False
+    """It ended without an answer to an undo, which may still come."""
 
 
 class Conduct:
@@ -81,6 +83,7 @@ class Conduct:
             # Nothing may follow, so nothing of it is needed but that it ended.
             run.entries = run.entries[-1:]
             run.ended = True
+            run.still_undoing = event.body.get("status") == Status.COMPENSATION_FAILED
 
     def _of_act(self, run: _Run, event: Event) -> Iterator[str]:
         key = str(event.body.get("key"))
@@ -147,6 +150,7 @@ def _receipt(run: _Run, key: str) -> Iterator[str]:
         yield f"action {key} has a receipt and was never attempted"
     if key in run.confirmed:
         yield f"action {key} has a second receipt"
-    if run.ended and key not in run.doubtful:
+    expected = key in run.doubtful or (run.still_undoing and key.endswith(UNDO))
+    if run.ended and not expected:
         yield f"action {key} happened after the run had ended"
     run.confirmed.add(key)
