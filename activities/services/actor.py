@@ -27,7 +27,7 @@ from activities.services.jobs import (
     wait_for_clock,
     wait_for_earlier,
 )
-from activities.services.ledger_store import add_in, entries_in
+from activities.services.ledger_store import add_in, entries_in, hold_in
 from activities.services.reservations import (
     Claimant,
     Clock,
@@ -218,6 +218,8 @@ class Actor:
 
     def _open(self, link: Connection, order: EffectOrder, undo: bool) -> Job | Effect:
         """Gate and reservation in one transaction, so that nothing can slip between them."""
+        # SQLite has one writer. PostgreSQL has many, and shows each what others have committed meanwhile.
+        hold_in(link, order.tenant)
         now = self._clock()
         try:
             job = self._read(link, order, undo)

@@ -168,6 +168,11 @@ def in_runs(tenant: str, names: Collection[str]) -> ColumnElement[bool]:
     return (EVENT.c.log_id == tenant) & EVENT.c.seq.in_(union_all(by_stream, by_run))
 
 
+def hold_in(connection: Connection, tenant: str) -> None:
+    """Let nobody else append to a log until this transaction ends: what is read of it now stays so."""
+    _lock(connection, tenant)
+
+
 def append_in(connection: Connection, wish: Append, now: datetime) -> Appended:
     """Append all drafts after `expected`, or return what stands from there on.
 

@@ -16,7 +16,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, select, update
 
 from activities.services.database import from_micros, to_micros
-from activities.services.ledger_store import add_in
+from activities.services.ledger_store import add_in, hold_in
 from activities.services.residence import withheld
 from models.canonical import derived_id
 from models.ledger import Draft, EventType, act_stream
@@ -118,6 +118,8 @@ def confirm(link: Connection, who: Claimant, receipt: Receipt, now: datetime) ->
     A confirmation counts whatever the epoch: a target that refuses a second use of the key, or was asked for
     it, speaks of the one effect there is.
     """
+    # Before the key's row, as everywhere: locked the other way round they may deadlock.
+    hold_in(link, who.tenant)
     plain = receipt.model_dump(mode="json")
     changed = link.execute(
         update(EFFECT)
@@ -140,6 +142,7 @@ def close(
 
     An attempt that took it over since may be sending: whoever looked before that knows nothing of it.
     """
+    hold_in(link, who.tenant)
     row = _row(link, who)
     if row is None:
         _insert(link, who, now, epoch=0, state=state)

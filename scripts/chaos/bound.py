@@ -64,9 +64,9 @@ class Bound:
 class World:
     """A database, a folder of notes, and somebody with a key."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        """Everything random comes from the seed, except for the key."""
-        url = f"sqlite:///{folder / 'countersign.db'}"
+    def __init__(self, folder: Path, seed: int, url: str = "") -> None:
+        """Everything random comes from the seed, except for the key; without a URL it is SQLite."""
+        url = url or f"sqlite:///{folder / 'countersign.db'}"
         migrate(url)
         self.database = Database(url)
         self.folder = folder / "notes"

@@ -19,17 +19,18 @@ from activities.services.content import ContentStore, guard
 from activities.services.cosigning import RemoteCosigner, cosignatures
 from activities.services.database import Database
 from activities.services.erasure import Erasure
-from activities.services.ledger_store import LedgerStore
+from activities.services.ledger_store import LedgerStore, add_in
 from activities.services.memory_store import MemoryStore
 from activities.services.migrations import migrate, state
 from activities.services.vault import Keys
 from activities.services.vectors import ExactVectors
 from activities.services.verifier import check_database
-from models.ledger import Append
+from models.ledger import Append, EventType
 from models.loop import Status
 from models.memory import Memo, Recall, Search
 from models.settings import TemporalSettings
 from scripts.bench.ledger import check, killed
+from scripts.chaos.bound import World
 from tests.conftest import a_key, note, settings_for, stack_of
 from tests.ledgers import TENANT, fill
 from tests.test_ledger_tree import draft
@@ -68,6 +69,26 @@ def database(url: str) -> Iterator[Database]:
 def test_the_migrations_arrive(url: str) -> None:
     current, expected = state(url)
     assert current == expected
+
+
+async def test_an_act_waits_for_whoever_writes_to_the_log_and_goes_by_what_they_wrote(
+    url: str, tmp_path: Path
+) -> None:
+    world, other = World(tmp_path, 1, url), Database(url)
+    bound = await world.bind("raced")
+    body = {"standing": "expired", "digest": bound.order.digest}
+    expired = draft("raced-expired", "raced").model_copy(update={"type": EventType.GATE, "body": body})
+    with other.engine.begin() as link:
+        add_in(link, bound.order.tenant, expired, datetime.now(UTC))
+        acting = asyncio.create_task(world.act(bound))
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        while not await other.read(lambda link: link.execute(text(waiting)).first()):
+            assert not acting.done()
+            await asyncio.sleep(0.01)
+    assert await acting == "refused"
+    assert world.effects() == 0
+    for one in (world.database, other):
+        await asyncio.to_thread(one.close)
 
 
 async def test_writers_with_connections_of_their_own_leave_no_gap(url: str) -> None:
