@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -32,7 +31,7 @@ from models.settings import TemporalSettings
 from scripts.bench.ledger import check, killed
 from scripts.chaos.bound import World
 from tests.conftest import a_key, note, settings_for, stack_of
-from tests.ledgers import TENANT, fill
+from tests.ledgers import PRIVATE, TENANT, fill
 from tests.test_ledger_tree import draft
 from tests.test_witness_asked import House
 
@@ -71,26 +70,6 @@ def test_the_migrations_arrive(url: str) -> None:
     assert current == expected
 
 
-async def test_an_act_waits_for_whoever_writes_to_the_log_and_goes_by_what_they_wrote(
-    url: str, tmp_path: Path
-) -> None:
-    world, other = World(tmp_path, 1, url), Database(url)
-    bound = await world.bind("raced")
-    body = {"standing": "expired", "digest": bound.order.digest}
-    expired = draft("raced-expired", "raced").model_copy(update={"type": EventType.GATE, "body": body})
-    with other.engine.begin() as link:
-        add_in(link, bound.order.tenant, expired, datetime.now(UTC))
-        acting = asyncio.create_task(world.act(bound))
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        while not await other.read(lambda link: link.execute(text(waiting)).first()):
-            assert not acting.done()
-            await asyncio.sleep(0.01)
-    assert await acting == "refused"
-    assert world.effects() == 0
-    for one in (world.database, other):
-        await asyncio.to_thread(one.close)
-
-
 async def test_writers_with_connections_of_their_own_leave_no_gap(url: str) -> None:
     databases = [Database(url) for _ in range(4)]
 
@@ -108,8 +87,7 @@ async def test_writers_with_connections_of_their_own_leave_no_gap(url: str) -> N
 
 
 async def test_a_signed_log_is_sound(database: Database) -> None:
-    private = Ed25519PrivateKey.generate()
-    checkpoints = Checkpoints(database, private, "countersign")
+    checkpoints = Checkpoints(database, PRIVATE, "countersign")
     await fill(database, 4)
     written = await checkpoints.write(TENANT)
     assert written is not None
@@ -123,9 +101,8 @@ async def test_cosignatures_are_kept_beside_a_checkpoint(database: Database, tmp
     house = House(tmp_path / "witness", "w1")
     await house.open()
     await fill(database, 1, first=90)
-    private = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
     asked = [RemoteCosigner(house.settings, lambda: datetime.now(UTC))]
-    written = await Checkpoints(database, private, "countersign", (), asked).write(TENANT)
+    written = await Checkpoints(database, PRIVATE, "countersign", (), asked).write(TENANT)
     await house.close()
     assert written is not None
     assert (written.alerts, written.cosigned_by) == ((), ("cosigner:w1",))
@@ -178,7 +155,7 @@ async def test_a_subject_is_erased_and_the_log_still_holds(url: str) -> None:
     assert receipt.removed["records"] == 1 and set(receipt.left.values()) == {0}
     assert (await memory.recall(query, "zanzibar")).hits == ()
     assert [hit.title for hit in (await memory.recall(query, "tea")).hits] == ["green tea"]
-    checkpoints = Checkpoints(database, Ed25519PrivateKey.generate(), "countersign")
+    checkpoints = Checkpoints(database, PRIVATE, "countersign")
     written = await checkpoints.write(tenant)
     assert written is not None
     report = await database.read(
@@ -186,3 +163,23 @@ async def test_a_subject_is_erased_and_the_log_still_holds(url: str) -> None:
     )
     assert (report.status, report.findings) == ("sound", ())
     database.close()
+
+
+async def test_an_act_waits_for_whoever_writes_to_the_log_and_goes_by_what_they_wrote(
+    url: str, tmp_path: Path
+) -> None:
+    world, other = World(tmp_path, 1, url), Database(url)
+    bound = await world.bind("raced")
+    body = {"standing": "expired", "digest": bound.order.digest}
+    expired = draft("raced-expired", "raced").model_copy(update={"type": EventType.GATE, "body": body})
+    with other.engine.begin() as link:
+        add_in(link, bound.order.tenant, expired, datetime.now(UTC))
+        acting = asyncio.create_task(world.act(bound))
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        while not await other.read(lambda link: link.execute(text(waiting)).first()):
+            assert not acting.done()
+            await asyncio.sleep(0.01)
+    assert await acting == "refused"
+    assert world.effects() == 0
+    for one in (world.database, other):
+        await asyncio.to_thread(one.close)
