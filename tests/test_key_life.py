@@ -242,6 +242,13 @@ async def test_no_command_makes_a_key_beside_notes_of_one_that_is_gone(place: Pl
     assert not (place.folder / KEY_FILE).exists()
 
 
+async def test_no_key_is_made_where_the_database_cannot_say_whether_there_was_one(tmp_path: Path) -> None:
+    place = Place(tmp_path)
+    (tmp_path / "countersign.db").write_bytes(b"this is no database, it only has the name of one" * 99)
+    assert (await place.run("ledger", "key")).exit_code != 0
+    assert not (tmp_path / KEY_FILE).exists()
+
+
 async def test_who_runs_since_before_a_rotation_goes_on_signing_with_the_old_key(place: Place) -> None:
     old = load_key(place.folder)
     for _ in range(2):

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, create_engine, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import Connection, create_engine, inspect, make_url
 
 from activities.services.checkpoints import (
+    CHECKPOINT,
     KEY_FILE,
     Checkpoints,
     Written,
@@ -255,11 +255,15 @@ def _private(settings: Settings) -> Ed25519PrivateKey:
     is_there = not url.drivername.startswith("sqlite") or Path(url.database or "").exists()
     if is_there and not path.exists():
         engine = create_engine(url)
-        with suppress(SQLAlchemyError), engine.connect() as link:
-            if last_note(link, settings.tenant) is not None:
-                remedy = "it is gone, and checkpoints are signed by it; restore it from its backup"
-                raise InvalidInput.field("key", str(path), remedy)
-        engine.dispose()
+        try:
+            # A database that cannot be asked is an error: a key made then could be the wrong one.
+            with engine.connect() as link:
+                signed = inspect(link).has_table(CHECKPOINT.name) and last_note(link, settings.tenant)
+        finally:
+            engine.dispose()
+        if signed:
+            remedy = "it is gone, and checkpoints are signed by it; restore it from its backup"
+            raise InvalidInput.field("key", str(path), remedy)
     return load_key(settings.data)
 
 
