@@ -5,16 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import SecretStr
 from typer.testing import CliRunner
 
-from activities.services.checkpoints import KEY_FILE, Checkpoints, _keep, load_key, tree_of
+from activities.services.checkpoints import (
+    KEY_FILE,
+    Checkpoints,
+    HandoverLate,
+    Written,
+    _keep,
+    load_key,
+    rotating,
+    tree_of,
+)
 from activities.services.content import ContentStore, guard
 from activities.services.database import Database
 from activities.services.key_life import handed_over, log_rotation
@@ -38,9 +49,9 @@ from scripts.cli import app
 from scripts.commands.doctor import Health
 from scripts.commands.keys import look_at_keys
 from temporal import dev_server
-from tests.conftest import free_port
+from tests.conftest import a_key, free_port
 from tests.databases import migrated
-from tests.ledgers import NOW, TENANT, fill
+from tests.ledgers import NOW, TENANT, asked, fill
 from workers import config
 
 FILES = tuple(KeySettings(id=name, file=Path(f"keys/{name}.key")) for name in ("k1", "k2"))
@@ -259,6 +270,87 @@ async def test_who_runs_since_before_a_rotation_goes_on_signing_with_the_old_key
         assert await Checkpoints(database, key, "countersign").write(TENANT) is not None
     await asyncio.to_thread(database.close)
     assert (await place.run("ledger", "verify")).exit_code == 0
+
+
+async def signed_by(place: Place, database: Database, *keys: Ed25519PrivateKey) -> list[Written]:
+    """What each of them signs in turn of a log that grows."""
+    made = list[Written]()
+    for key in keys:
+        event = a_key()
+        await LedgerStore(database, lambda: NOW).add("later", asked(event, event))
+        late = HandoverLate(place.folder, key, lambda: NOW)
+        written = await Checkpoints(database, key, "countersign", late=late).write("later")
+        assert written is not None
+        made.append(written)
+    return made
+
+
+@pytest.mark.parametrize("is_old_first", [True, False])
+async def test_a_log_that_began_during_a_rotation_is_signed_by_the_old_key_and_the_new(
+    place: Place, is_old_first: bool
+) -> None:
+    await exported(place)
+    old = load_key(place.folder)
+    await place.said("ledger", "rotate")
+    new, database = load_key(place.folder), place.opened()
+    first, *_ = await signed_by(place, database, *([old, new] if is_old_first else [new, old]), old, new)
+    lines = await database.read(lambda link: list(to_lines(of_database(link, "later", "countersign/later"))))
+    await asyncio.to_thread(database.close)
+    # Who trusts the key that signed first follows it to the other one.
+    assert codes(place, lines, first.key) == {0}
+    assert sum("key.rotated" in line for line in lines) == 1
+    assert (await place.run("ledger", "verify", tenant="later")).exit_code == 0
+
+
+async def test_keys_belong_together_however_they_came_to_follow_each_other(place: Place) -> None:
+    await exported(place)
+    keys, database = [load_key(place.folder)], place.opened()
+    for _ in range(2):
+        await place.said("ledger", "rotate")
+        keys.append(load_key(place.folder))
+        await signed_by(place, database, keys[0])
+    await signed_by(place, database, keys[2], keys[1], keys[2], keys[0], keys[1])
+    await asyncio.to_thread(database.close)
+    assert (await place.run("ledger", "verify", tenant="later")).exit_code == 0
+
+
+async def test_no_key_but_one_of_ours_is_handed_over_late(place: Place) -> None:
+    await exported(place)
+    stranger = load_key(place.folder / "elsewhere")
+    database = place.opened()
+    await LedgerStore(database, lambda: NOW).add("later", asked("event"))
+    await Checkpoints(database, stranger, "countersign").write("later")
+    mine = load_key(place.folder)
+    signer = Checkpoints(database, mine, "countersign", late=HandoverLate(place.folder, mine, lambda: NOW))
+    with pytest.raises(LedgerBroken, match="restore"):
+        await signer.write("later")
+    await asyncio.to_thread(database.close)
+
+
+def test_the_disk_is_told_of_a_new_key_before_anything_is_signed_or_sealed_with_it(tmp_path: Path) -> None:
+    steps, heard = list[str](), [True]
+
+    def hear(name: str, given: tuple[Any, ...]) -> None:
+        # A hook stays for as long as the process.
+        if heard and (name == "os.link" or name == "open" and str(given[0]) == str(tmp_path / "keys")):
+            steps.append(name)
+
+    sys.addaudithook(hear)
+    load_key(tmp_path)
+    load_keys(OLD, tmp_path)
+    heard.clear()
+    assert steps == ["os.link", "open"] * 2
+
+
+async def test_of_two_rotations_at_once_one_is_refused_and_changes_nothing(place: Place) -> None:
+    await exported(place)
+    before = load_key(place.folder).private_bytes_raw()
+    with rotating(place.folder):
+        ended = await place.run("ledger", "rotate")
+    assert ended.exit_code == 3 and "another `ledger rotate`" in ended.stderr
+    assert load_key(place.folder).private_bytes_raw() == before
+    assert await place.events() == []
+    await place.said("ledger", "rotate")
 
 
 async def test_the_doctor_finds_checkpoints_of_another_key(place: Place) -> None:

@@ -335,6 +335,8 @@ def test_a_crash_before_the_key_was_made_is_no_loss(folder: Path) -> None:
     (folder / STATE_FILE).write_text(
         json.dumps({"format": "countersign-witness/1", "name": "w", "public": "", "logs": {}})
     )
+    with pytest.raises(InvalidInput, match="serve it once"):
+        key_of(folder)
     State(folder, "w").close()
     assert key_of(folder).name == "w"
 

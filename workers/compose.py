@@ -46,7 +46,7 @@ from activities.services.beliefs import Beliefs
 from activities.services.breaker import Breakers
 from activities.services.cache import Cache
 from activities.services.calibration import Calibrations
-from activities.services.checkpoints import Checkpoints, load_key
+from activities.services.checkpoints import Checkpoints, HandoverLate, load_key
 from activities.services.claims import Claims
 from activities.services.content import ContentStore
 from activities.services.cosigning import RemoteCosigner
@@ -415,7 +415,8 @@ class _Composer:
         self._stack.callback(database.close)
         asked = [RemoteCosigner(one, utc_now) for one in ledger.cosigners]
         key, needed = load_key(data), ledger.cosigners_needed
-        return Checkpoints(database, key, ledger.origin, kept_by, asked, needed)
+        late = HandoverLate(data, key, utc_now)
+        return Checkpoints(database, key, ledger.origin, kept_by, asked, needed, late)
 
     async def _background(self, run: Callable[..., Any], *arguments: Any) -> None:
         stop = asyncio.Event()

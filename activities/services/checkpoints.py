@@ -6,12 +6,14 @@ database was rolled back or rewritten, and signing would hide it.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 from base64 import b64encode
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,26 @@ from activities.services.cosignatures import with_lines
 from activities.services.cosigning import Alert, Cosigning, RemoteCosigner, cosignatures
 from activities.services.database import Database, insert_for
 from activities.services.key_files import private_key
-from activities.services.key_life import relatives
+from activities.services.key_life import handed_over, log_rotation, relatives
 from activities.services.ledger_store import EVENT, HEAD, NODE
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.witnesses import Witness
 from models.canonical import sha256
-from models.errors import ConnectorUnavailable, CountersignError, InvalidInput, LedgerBroken, UnknownName
+from models.errors import (
+    ConnectorUnavailable,
+    CountersignError,
+    InvalidInput,
+    LedgerBroken,
+    Unavailable,
+    UnknownName,
+)
 from models.tables import Checkpoint, table
 
 CHECKPOINT = table(Checkpoint)
 KEY_FILE = Path("keys") / "ledger.pem"
 NEXT_FILE = Path("keys") / "ledger-next.pem"
+KEPT_FILES = Path("keys") / "ledger-????????.pem"
+Late = Callable[[Connection, str, NoteKey], bool]
 log = logging.getLogger(__name__)
 
 
@@ -62,10 +73,12 @@ class Checkpoints:
         witnesses: Sequence[Witness] = (),
         cosigners: Sequence[RemoteCosigner] = (),
         needed: int | None = None,
+        late: Late = lambda link, tenant, key: False,
     ) -> None:
         """`origin` and the tenant name the log and its key; see `load_key`.
 
-        Of the co-signers `needed` must have cosigned before what cannot be taken back; `None` is all.
+        Of the co-signers `needed` must have cosigned before what cannot be taken back; `None` is all. `late`
+        is asked when another key signed last; see `HandoverLate`.
         """
         self._database = database
         self._private = private
@@ -73,6 +86,7 @@ class Checkpoints:
         self._witnesses = tuple(witnesses)
         self._cosigning = Cosigning(database, cosigners)
         self._needed = len(cosigners) if needed is None else needed
+        self._late = late
         self._seen = set[str]()
 
     def key(self, tenant: str) -> NoteKey:
@@ -96,7 +110,7 @@ class Checkpoints:
         held, missed = await self._held(key)
         for note in held.values():
             await self._database.read(lambda link, note=note: continues(link, tenant, note))
-        made = await self._database.read(lambda link: self._sign(link, tenant, key))
+        made = await self._signed(tenant, key)
         if made is None:
             return None
         tree, note = made
@@ -148,6 +162,14 @@ class Checkpoints:
 
         return await self._cosigning.collect(tenant, tree, note, proof, again)
 
+    async def _signed(self, tenant: str, key: NoteKey) -> tuple[Tree, str] | None:
+        try:
+            return await self._database.read(lambda link: self._sign(link, tenant, key))
+        except LedgerBroken:
+            if not await self._database.write(lambda link: self._late(link, tenant, key)):
+                raise
+        return await self._database.read(lambda link: self._sign(link, tenant, key))
+
     def _sign(self, link: Connection, tenant: str, key: NoteKey) -> tuple[Tree, str] | None:
         last = last_note(link, tenant)
         tree = tree_of(link, tenant, key.name)
@@ -194,6 +216,35 @@ class Checkpoints:
         return kept
 
 
+@dataclass(frozen=True, slots=True)
+class HandoverLate:
+    """Hands a log that began during a rotation over, from whichever of this installation's keys came first.
+
+    A process from before the rotation signs with the old key until it ends, and in a log that was not there
+    to be handed over nothing says that the two belong together.
+    """
+
+    data: Path
+    private: Ed25519PrivateKey = field(repr=False)
+    clock: Callable[[], datetime]
+
+    def __call__(self, link: Connection, tenant: str, key: NoteKey) -> bool:
+        """Whether that was what kept this key from signing."""
+        last = last_note(link, tenant)
+        if last is None or is_signed(last, [key, *relatives(link, tenant, key)]):
+            return False
+        continues(link, tenant, last)
+        for path in (self.data / KEY_FILE, *sorted(self.data.glob(str(KEPT_FILES)))):
+            with suppress(InvalidInput, ValueError, OSError):
+                other = private_key(path)
+                if is_signed(last, [NoteKey(key.name, other.public_key().public_bytes_raw())]):
+                    body = handed_over(other, self.private, key.name)
+                    name = f"{body['old']} {body['new']}"
+                    log_rotation(link, tenant, "checkpoints", self.clock(), body, name, kind="system")
+                    return True
+        return False
+
+
 def load_key(data: Path) -> Ed25519PrivateKey:
     """The signing key of this installation; made on first use, readable by its owner only.
 
@@ -206,6 +257,26 @@ def load_key(data: Path) -> Ed25519PrivateKey:
 def next_key(data: Path) -> Ed25519PrivateKey:
     """The key that is to sign after this one; the same until it takes over, however often it is asked for."""
     return private_key(data / NEXT_FILE)
+
+
+@contextmanager
+def rotating(data: Path) -> Generator[None]:
+    """Keep the keys for one rotation: of two, the slower would hand over from a key that is none any more.
+
+    Raises:
+        Unavailable: somebody else rotates.
+    """
+    folder = os.open(data / KEY_FILE.parent, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Unavailable(
+                "key: another `ledger rotate` is under way; see `ledger key` after it"
+            ) from None
+        yield
+    finally:
+        os.close(folder)
 
 
 def take_over(data: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Private keys in files that only their owner may read."""
+"""Private keys in files that only their owner may read, and what it takes for a file to last."""
 
 from __future__ import annotations
 
@@ -46,3 +46,13 @@ def _make_key(path: Path) -> None:
             os.link(aside, path)
     finally:
         aside.unlink()
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the disk know which files there are: what is signed or sealed next lasts, and so must its key."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -10,7 +10,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -30,7 +30,15 @@ LEDGER, VAULT, PERSON = "ledger", "vault", "person"
 BATCH = 500
 
 
-def log_rotation(link: Connection, tenant: str, by: str, now: datetime, body: Plain, name: str = "") -> str:
+def log_rotation(
+    link: Connection,
+    tenant: str,
+    by: str,
+    now: datetime,
+    body: Plain,
+    name: str = "",
+    kind: Literal["person", "system"] = "person",
+) -> str:
     """Append `key.rotated`, once per `name` if there is one; returns the event's id."""
     stream = f"keys/{body['purpose']}"
     place = name or len(entries_in(link, tenant, stream)) + 1
@@ -38,7 +46,7 @@ def log_rotation(link: Connection, tenant: str, by: str, now: datetime, body: Pl
         event_id=derived_id("event", tenant, stream, place),
         stream=stream,
         type=EventType.KEY_ROTATED,
-        actor_kind="person",
+        actor_kind=kind,
         actor_ref=by,
         correlation_id=stream,
         body=body,
@@ -141,27 +149,22 @@ def successor(body: Mapping[str, Any], keys: Sequence[NoteKey]) -> NoteKey | Non
     return NoteKey.parse(str(body["new"]))
 
 
-def predecessors(link: Connection, tenant: str, key: NoteKey) -> list[NoteKey]:
-    """The keys before this one, each vouched for by the one that follows it; newest first."""
-    entries = entries_in(link, tenant, f"keys/{LEDGER}")
-    return list(_back(key, [entry.body for entry in reversed(entries)]))
-
-
 def relatives(link: Connection, tenant: str, key: NoteKey) -> list[NoteKey]:
     """The keys before this one and after it; whoever runs since before a rotation signs with an older one."""
-    after = [key]
-    for entry in entries_in(link, tenant, f"keys/{LEDGER}"):
-        with suppress(InvalidInput):
-            found = successor(entry.body, after[-1:])
-            after += [] if found is None else [found]
-    return [*predecessors(link, tenant, key), *after[1:]]
+    bodies = [entry.body for entry in entries_in(link, tenant, f"keys/{LEDGER}")]
+    found = [key]
+    for one in found:  # It grows meanwhile.
+        found += [other for other in _neighbours(one, bodies) if other not in found]
+    return found[1:]
 
 
-def _back(key: NoteKey, bodies: Iterable[Plain]) -> Iterator[NoteKey]:
+def _neighbours(key: NoteKey, bodies: Iterable[Plain]) -> Iterator[NoteKey]:
+    """The keys that this one has signed to follow, or to be followed by."""
     for body in bodies:
-        if body.get("new") == str(key) and _signed(key, body, "by_new"):
-            key = NoteKey.parse(str(body["old"]))
-            yield key
+        for mine, other, by in (("old", "new", "by_old"), ("new", "old", "by_new")):
+            if body.get(mine) == str(key) and _signed(key, body, by):
+                with suppress(InvalidInput):
+                    yield NoteKey.parse(str(body.get(other)))
 
 
 def _signed(key: NoteKey, body: Mapping[str, Any], which: str) -> bool:

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Connection, Row, func, select
 
 from activities.services.database import insert_for
+from activities.services.key_files import sync_folder
 from models.errors import InvalidInput, KeyDestroyed, KeyMissing, LedgerBroken
 from models.settings import EncryptionSettings
 from models.tables import SubjectKey, table
@@ -120,6 +121,7 @@ def _make(path: Path, key_id: str, data: Path) -> None:
         pass
     finally:
         draft.unlink()
+    sync_folder(path.parent)
 
 
 def _read(path: Path) -> bytes:

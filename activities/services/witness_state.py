@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from activities.services.cosignatures import WitnessKey
-from activities.services.key_files import private_key
+from activities.services.key_files import private_key, sync_folder
 from models.errors import InvalidInput
 
 FORMAT = "countersign-witness/1"
@@ -113,7 +113,10 @@ def key_of(folder: Path) -> WitnessKey:
     """
     try:
         plain = json.loads((folder / STATE_FILE).read_text("utf-8"))
-        return WitnessKey(str(plain["name"]), b64decode(plain["public"], validate=True))
+        public = b64decode(plain["public"], validate=True)
+        if not public:
+            raise ValueError("it was stopped before it had a key")
+        return WitnessKey(str(plain["name"]), public)
     except (OSError, ValueError, KeyError, TypeError):
         raise InvalidInput.field(
             "--state", str(folder), "there is no co-signer in it; serve it once"
@@ -156,11 +159,7 @@ def _replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)
 
 
 def _unusable(path: Path, why: str) -> InvalidInput:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, create_engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from activities.services.checkpoints import KEY_FILE, last_note
-from activities.services.key_life import people_changes, predecessors
+from activities.services.key_life import people_changes, relatives
 from activities.services.notes import NoteKey, is_signed
 from activities.services.vault import KEY_BYTES, Keys, Vault
 from models.settings import Settings
@@ -90,8 +90,8 @@ def _signed(link: Connection, settings: Settings) -> Iterator[Finding]:
     key = NoteKey(f"{settings.ledger.origin}/{settings.tenant}", _public(path))
     if is_signed(note, [key]):
         yield Finding("checkpoints", Health.OK, f"the last one is signed by {key.key_id}")
-    elif is_signed(note, predecessors(link, settings.tenant, key)):
-        found = "the last one is signed by the key before this one"
+    elif is_signed(note, relatives(link, settings.tenant, key)):
+        found = "the last one is signed by a key before this one"
         yield Finding("checkpoints", Health.ABSENT, found, "restart the workers")
     else:
         use = "restore keys/ledger.pem; for a new key use `countersign ledger rotate`"

@@ -18,16 +18,18 @@ from activities.services.checkpoints import (
     CHECKPOINT,
     KEY_FILE,
     Checkpoints,
+    HandoverLate,
     Written,
     last_note,
     load_key,
     next_key,
     proof_of,
+    rotating,
     take_over,
 )
 from activities.services.cosignatures import WitnessKey, with_lines
 from activities.services.cosigning import RemoteCosigner, cosignatures
-from activities.services.key_life import handed_over, log_rotation, predecessors
+from activities.services.key_life import handed_over, log_rotation, relatives
 from activities.services.ledger_export import Item, of_database, of_lines, to_lines
 from activities.services.ledger_formats import to_ocsf, to_prov
 from activities.services.notes import NoteKey, read_checkpoint
@@ -157,20 +159,22 @@ def rotate(
 
 async def _rotate(settings: Settings, who: str) -> tuple[NoteKey, NoteKey]:
     async with opened(settings) as session:
-        await _signer(session).write(session.tenant)
-        old, new = _private(settings), next_key(settings.data)
-        origin = settings.ledger.origin
+        _private(settings)  # With it comes the folder.
+        with rotating(settings.data):
+            await _signer(session).write(session.tenant)
+            old, new = _private(settings), next_key(settings.data)
+            origin = settings.ledger.origin
 
-        def log(link: Connection, tenant: str) -> None:
-            body = handed_over(old, new, f"{origin}/{tenant}")
-            log_rotation(link, tenant, who, utc_now(), body, name=body["new"])
+            def log(link: Connection, tenant: str) -> None:
+                body = handed_over(old, new, f"{origin}/{tenant}")
+                log_rotation(link, tenant, who, utc_now(), body, name=body["new"])
 
-        for tenant in await _signer(session).tenants():
-            await session.database.write(lambda link, tenant=tenant: log(link, tenant))
-        before = _key(settings)
-        take_over(settings.data)
-        await _signer(session).write(session.tenant)
-        return before, _key(settings)
+            for tenant in await _signer(session).tenants():
+                await session.database.write(lambda link, tenant=tenant: log(link, tenant))
+            before = _key(settings)
+            take_over(settings.data)
+            await _signer(session).write(session.tenant)
+            return before, _key(settings)
 
 
 async def _verify(
@@ -188,7 +192,7 @@ async def _verify(
     async with opened(settings) as session:
         signer = _signer(session)
         now = signer.key(session.tenant)
-        before = await session.database.read(lambda link: predecessors(link, session.tenant, now))
+        before = await session.database.read(lambda link: relatives(link, session.tenant, now))
         keys = keys or [now, *before]
         old = old or list(await signer.newest_witnessed(session.tenant))
         tenant, origin = session.tenant, _key(settings).name
@@ -246,7 +250,8 @@ def _signer(session: Session) -> Checkpoints:
     kept_by = witnesses(ledger.witnesses, data, utc_now)
     asked = [RemoteCosigner(one, utc_now) for one in ledger.cosigners]
     key, needed = _private(session.settings), ledger.cosigners_needed
-    return Checkpoints(session.database, key, ledger.origin, kept_by, asked, needed)
+    late = HandoverLate(data, key, utc_now)
+    return Checkpoints(session.database, key, ledger.origin, kept_by, asked, needed, late)
 
 
 def _private(settings: Settings) -> Ed25519PrivateKey:
