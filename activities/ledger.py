@@ -7,6 +7,7 @@ from typing import Protocol
 from temporalio import activity
 
 from activities.heartbeat import heartbeats
+from activities.ordered import of_this_run
 from models.ledger import Append, Appended
 from models.orders import Admission, Admitted, Conclusion, Presentation, Presented
 
@@ -40,7 +41,7 @@ class Presenting(Protocol):
 
 
 class Ledger:
-    """What a run writes down before each next step."""
+    """What a run writes down before each next step; PolicyDenied where it is ordered by anybody else."""
 
     def __init__(self, requests: Admitting, ledger: Appending, intents: Presenting) -> None:
         """All three share one database."""
@@ -51,20 +52,24 @@ class Ledger:
     @activity.defn(name="admit")
     async def admit(self, admission: Admission) -> Admitted:
         """Claim the request key and say what already happened."""
+        of_this_run(admission.workflow_id)
         return await self._requests.admit(admission)
 
     @activity.defn(name="record")
     async def record(self, wish: Append) -> Appended:
         """Append to the run's stream, or learn what stands there."""
+        of_this_run(wish.stream)
         async with heartbeats():
             return await self._ledger.append(wish)
 
     @activity.defn(name="present")
     async def present(self, presentation: Presentation) -> Presented:
         """Bind and log an intent."""
+        of_this_run(presentation.append.stream)
         return await self._intents.present(presentation)
 
     @activity.defn(name="conclude")
     async def conclude(self, conclusion: Conclusion) -> Appended:
         """Log the outcome and keep what is worth remembering."""
+        of_this_run(conclusion.append.stream)
         return await self._requests.conclude(conclusion)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from temporalio import activity
 
+from activities.ordered import of_this_run
 from models.orders import Fell, Routed, RouteOrder
 
 
@@ -31,9 +32,11 @@ class Routing:
     @activity.defn(name="route")
     async def route(self, order: RouteOrder) -> Routed:
         """Say which tiers may take a call, in order, and on which queues."""
+        of_this_run(order.workflow_id)
         return await self._choosing.route(order)
 
     @activity.defn(name="fell")
     async def fell(self, fell: Fell) -> None:
         """Record a fallback before the next tier is tried."""
+        of_this_run(fell.workflow_id)
         await self._choosing.fell(fell)

@@ -123,7 +123,8 @@ class Journal:
         wish = self._append((*self._delivery(), (EventType.OUTCOME, outcome.model_dump(mode="json"))))
         conclusion = Conclusion(append=wish, request=self.request, outcome=outcome, memos=memos)
         appended: Appended = await book(Ledger.conclude, conclusion, f"log outcome {outcome.status}")
-        return await self._moved(appended.won, self._entries(wish.drafts))
+        # What stands may be another outcome than was meant, where the ledger does not bear that out.
+        return await self._moved(appended.won, appended.entries or self._entries(wish.drafts))
 
     def draft(self, kind: EventType, body: dict[str, Any], version: int) -> Draft:
         """An event of this run at a version of its stream."""

@@ -11,6 +11,7 @@ from activities.services.amendments import InForce
 from activities.services.beliefs import renewed_in
 from activities.services.content import get_blob, put_blob, put_model
 from activities.services.database import Database
+from activities.services.ends import unkept
 from activities.services.grants import give_back, take_use
 from activities.services.ledger_store import append_in, entries_in
 from activities.services.requests import last_intent
@@ -66,6 +67,8 @@ def _present(connection: Connection, presentation: Presentation, now: datetime) 
     wish = presentation.append.model_copy(update={"drafts": drafts})
     appended = append_in(connection, wish, now)
     if appended.won:
+        if (key := unkept(connection, tenant, wish.stream)) is not None:
+            raise PreconditionLost(f"action {key} stands or may yet arrive; nothing new is bound beside it")
         return Presented(won=True, digest=digest, intent=intent, card=card)
     if use is not None:
         give_back(connection, tenant, intent.proposer, use)

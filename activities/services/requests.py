@@ -11,6 +11,7 @@ from sqlalchemy import Connection, select, update
 
 from activities.services.content import TEXT, get_blob, put_blob
 from activities.services.database import Database, to_micros
+from activities.services.ends import borne_out
 from activities.services.ledger_store import append_in, entries_in
 from activities.services.memory_store import keep
 from activities.services.regions import home_of
@@ -98,10 +99,15 @@ class Requests:
         return await self._database.write(lambda link: self._conclude(link, conclusion, self._clock()))
 
     def _conclude(self, link: Connection, conclusion: Conclusion, now: datetime) -> Appended:
+        meant = conclusion.outcome
+        outcome = borne_out(link, conclusion.append.tenant, meant)
+        if outcome != meant:
+            conclusion = _corrected(conclusion, outcome)
         appended = _conclude(link, conclusion, now)
-        if appended.won:
-            self._heed(link, conclusion.append, now)
-        return appended
+        if not appended.won:
+            return appended
+        self._heed(link, conclusion.append, now)
+        return appended if outcome == meant else _as_it_stands(link, conclusion.append)
 
     async def outcome(self, tenant: str, agent: str, key: str) -> Outcome | None:
         """How a request ended, if it has."""
@@ -201,6 +207,18 @@ def _conclude(connection: Connection, conclusion: Conclusion, now: datetime) -> 
         for memo in conclusion.memos:
             _remember(connection, memo, now, cause)
     return appended
+
+
+def _corrected(conclusion: Conclusion, outcome: Outcome) -> Conclusion:
+    """The same with another outcome, of which nothing is worth remembering."""
+    *others, last = conclusion.append.drafts
+    drafts = (*others, last.model_copy(update={"body": outcome.model_dump(mode="json")}))
+    wish = conclusion.append.model_copy(update={"drafts": drafts})
+    return conclusion.model_copy(update={"append": wish, "outcome": outcome, "memos": ()})
+
+
+def _as_it_stands(link: Connection, wish: Append) -> Appended:
+    return Appended(won=True, entries=entries_in(link, wish.tenant, wish.stream, wish.expected))
 
 
 def _remember(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> None:

@@ -1,0 +1,157 @@
+"""What whoever may use Temporal does by hand, as the CLI lets them: the ledger takes no part in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from temporalio.client import ActivityFailureError
+from temporalio.common import RetryPolicy
+from temporalio.exceptions import ApplicationError
+
+from activities.ledger import Ledger
+from activities.routing import Routing
+from models.gate import Kind
+from models.inference import Call
+from models.ledger import Append, Draft, EventType
+from models.loop import Outcome, Receipt, Request, Status, action_key
+from models.orders import Admission, Conclusion, Effect, Effected, Fell, RouteOrder
+from models.settings import TemporalSettings
+from models.visibility import Queue
+from temporal.client import Started
+from tests.conftest import a_key, note
+from tests.shared import LIMIT, Shared, odd, shared_stack
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def module_stack(
+    temporal: TemporalSettings, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Shared]:
+    async with shared_stack(temporal, tmp_path_factory.mktemp("by-hand")) as made:
+        yield made
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def shared(module_stack: Shared) -> AsyncIterator[Shared]:
+    module_stack.odd.reset()
+    yield module_stack
+    module_stack.odd.go_on.set()
+
+
+async def held(shared: Shared, *actions: dict[str, Any]) -> tuple[Started, str]:
+    """A run whose worker is in the middle of what was approved."""
+    run = await shared.propose(a_key(), *actions)
+    digest = await shared.digest(run)
+    assert (await shared.answer(run, Kind.APPROVE, digest)).counted
+    await shared.odd.reached.wait()
+    return run, digest
+
+
+async def complete(shared: Shared, run: Started, said: Effect) -> None:
+    """`temporal activity complete`, for the step under way."""
+    async with asyncio.timeout(LIMIT):
+        while not (pending := (await run.handle.describe()).raw_description.pending_activities):
+            await asyncio.sleep(0.01)
+    step = shared.client.get_async_activity_handle(
+        workflow_id=run.workflow_id, run_id=None, activity_id=pending[0].activity_id
+    )
+    await step.complete(said)
+
+
+def forged(digest: str, action: int = 0) -> Receipt:
+    key = action_key(digest, action)
+    return Receipt(action_key=key, action=action, reference="by hand", version="0", verified=True)
+
+
+@pytest.mark.parametrize("what", [one for one in Effected if one is not Effected.DRIFTED])
+async def test_what_is_said_by_hand_of_an_effect_under_way_leaves_it_in_doubt(
+    shared: Shared, what: Effected
+) -> None:
+    run, digest = await held(shared, odd(f"by hand {what}", hold="apply"))
+    receipt = forged(digest) if what is Effected.APPLIED else None
+    await complete(shared, run, Effect(what=what, receipt=receipt, reason="so they say"))
+    outcome = await shared.outcome(run)
+    assert (outcome.status, outcome.receipts) == (Status.IN_DOUBT, ())
+    assert what is Effected.IN_DOUBT or "does not bear out" in outcome.reason
+
+
+async def test_a_drift_that_is_said_by_hand_binds_nothing_beside_an_effect_under_way(shared: Shared) -> None:
+    run, _ = await held(shared, odd("no drift", hold="apply"))
+    await complete(shared, run, Effect(what=Effected.DRIFTED, reason="so they say"))
+    await shared.until(run, "outcome")
+    events = await shared.events(run)
+    ended = Outcome.model_validate(events[-1].body)
+    assert (ended.status, ended.receipts) == (Status.IN_DOUBT, ())
+    assert [event.type.value for event in events].count("intent") == 1
+
+
+async def test_an_undo_that_is_said_by_hand_takes_nothing_back(shared: Shared) -> None:
+    run, _ = await held(shared, odd("stands", hold="undo"), odd("fails", fail="rejected"))
+    await complete(shared, run, Effect(what=Effected.UNDONE))
+    outcome = await shared.outcome(run)
+    assert (outcome.status, [one.action for one in outcome.receipts]) == (Status.IN_DOUBT, [0])
+    assert outcome.receipts[0].reference != "by hand"
+
+
+async def test_an_action_that_no_worker_took_is_not_executed_by_saying_so(shared: Shared) -> None:
+    run, digest = await held(shared, odd("first", hold="apply"), note("second"))
+    await complete(shared, run, Effect(what=Effected.APPLIED, receipt=forged(digest)))
+    outcome = await shared.outcome(run)
+    assert (outcome.status, [one.action for one in outcome.receipts]) == (Status.IN_DOUBT, [1])
+
+
+async def test_nothing_is_written_of_a_run_that_it_did_not_order(shared: Shared) -> None:
+    run = await shared.propose(a_key(), note("unwritten"))
+    digest = await shared.digest(run)
+    before = await shared.events(run)
+    verdict = {"kind": "approve", "digest": digest, "approver": "by hand", "assurance": "signed"}
+    wish = _wish(run, max(event.version for event in before), EventType.VERDICT, verdict)
+    request = Request(agent="external", key=a_key(), body="{}")
+    ended = Outcome(status=Status.EXECUTED, workflow_id=run.workflow_id, digest=digest)
+    names = {"tenant": "default", "workflow_id": run.workflow_id, "event_id": a_key()}
+    call = Call(task="content.outline")
+    fell = {"task": "a", "tier": "edge", "to": None, "reason": ""}
+    for step, order in (
+        (Ledger.record, wish),
+        (Ledger.admit, Admission(request=request, workflow_id=run.workflow_id, chain=a_key())),
+        (Ledger.conclude, Conclusion(append=wish, request=request, outcome=ended)),
+        (Routing.route, RouteOrder(agent="external", call=call, **names)),
+        (Routing.fell, Fell.model_validate(names | fell)),
+    ):
+        with pytest.raises(ActivityFailureError) as failed:
+            await _by_hand(shared, step, order)
+        assert isinstance(failed.value.cause, ApplicationError)
+        assert failed.value.cause.type == "PolicyDenied"
+    assert await shared.events(run) == before
+    assert (await shared.answer(run, Kind.REJECT, digest)).counted
+
+
+def _wish(run: Started, expected: int, kind: EventType, body: dict[str, Any]) -> Append:
+    draft = Draft(
+        event_id=a_key(),
+        stream=run.workflow_id,
+        type=kind,
+        actor_kind="person",
+        actor_ref="somebody",
+        correlation_id=run.workflow_id,
+        body=body,
+    )
+    return Append(tenant="default", stream=run.workflow_id, expected=expected, drafts=(draft,))
+
+
+async def _by_hand(shared: Shared, step: Any, order: Any) -> Any:
+    """`temporal activity execute`."""
+    return await shared.client.execute_activity(
+        step,
+        order,
+        id=a_key(),
+        task_queue=Queue.DECIDE,
+        start_to_close_timeout=timedelta(seconds=10),
+        retry_policy=RetryPolicy(maximum_attempts=1),
+    )
