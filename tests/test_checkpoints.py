@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,10 +15,11 @@ from activities.services.actor import Actor
 from activities.services.alarms import Alarms
 from activities.services.checkpoints import CHECKPOINT, Checkpoints, load_key
 from activities.services.database import Database
+from activities.services.git import Git
 from activities.services.notes import NoteKey, Tree, checkpoint_text, is_signed, read_checkpoint, sign
 from activities.services.scrubbing import Scrub
 from activities.services.watching import keep_watch
-from activities.services.witnesses import FileWitness, GitWitness, witnesses
+from activities.services.witnesses import BRANCH, FileWitness, GitWitness, witnesses
 from models.errors import ConnectorUnavailable, InvalidInput, LedgerBroken
 from models.loop import GateRule, Reversibility
 from models.orders import EffectOrder
@@ -151,8 +154,12 @@ async def test_what_was_left_of_a_note_spoils_no_other_one(tmp_path: Path) -> No
         assert await witness.newest(KEY.name) == later, end
 
 
-async def test_of_two_that_wrote_past_each_other_the_larger_log_is_the_newest(tmp_path: Path) -> None:
-    witness, (smaller, larger) = FileWitness(tmp_path), (note_of(size) for size in (5, 7))
+@pytest.mark.parametrize("kind", ["file", "git"])
+async def test_of_two_that_wrote_past_each_other_the_larger_log_is_the_newest(
+    tmp_path: Path, kind: str
+) -> None:
+    (witness,) = witnesses((f"{kind}:w",), tmp_path, clock)
+    smaller, larger = (note_of(size) for size in (5, 7))
     await witness.keep(larger)
     await witness.keep(smaller)
     assert await witness.newest(KEY.name) == larger
@@ -179,6 +186,38 @@ async def test_a_witness_that_holds_no_note_stops_no_checkpoint_and_vouches_for_
     assert written is not None and (written.size, written.missed_by) == (7, ("babbling",))
     with pytest.raises(ConnectorUnavailable, match="babbling has not the checkpoint"):
         await checkpoints.before_effect(TENANT)
+
+
+async def test_a_disk_that_does_not_answer_holds_up_one_thread_and_no_checkpoint(
+    database: Database, tmp_path: Path
+) -> None:
+    silent = tmp_path / "countersign_default.notes"
+    os.mkfifo(silent)  # Who opens it to read waits until somebody writes.
+    checkpoints = signer(database, FileWitness(tmp_path, seconds=0.01))
+    await fill(database, 1)
+    for _ in range(3):
+        written = await checkpoints.write(TENANT)
+        assert written is not None and written.missed_by == (f"file:{tmp_path}",)
+    [waiting] = [one for one in threading.enumerate() if one.name == "witness"]
+    os.close(os.open(silent, os.O_WRONLY))
+    waiting.join()
+    silent.unlink()
+    written = await signer(database, FileWitness(tmp_path)).write(TENANT)
+    assert written is not None and written.kept_by == (f"file:{tmp_path}",)
+
+
+async def test_a_git_witness_that_holds_no_text_stops_no_checkpoint(
+    database: Database, tmp_path: Path
+) -> None:
+    checkpoints, git = signer(database, GitWitness(tmp_path / "git", clock)), Git(tmp_path / "git", clock)
+    await fill(database, 1)
+    await checkpoints.write(TENANT)
+    head, entry = await git.head(BRANCH), await git.store(b"\xff\xfe\n")
+    assert head is not None
+    commit = await git.commit(head, {"countersign_default.note": entry}, "no note", clock())
+    assert await git.swap(BRANCH, commit, head)
+    written = await checkpoints.write(TENANT)
+    assert written is not None and written.missed_by == (f"git:{tmp_path}/git",)
 
 
 async def test_a_cut_log_is_not_signed_again(database: Database, tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import asyncio
 import os
 from base64 import b64decode
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 from activities.services.git import Git
 from activities.services.notes import DASH, Tree, read_checkpoint
 from models.errors import InvalidInput, Unavailable
 
+T = TypeVar("T")
 TAIL = 8192
 BRANCH = "refs/heads/checkpoints"
 ATTEMPTS = 5
@@ -60,11 +63,16 @@ def _witness(given: str, data: Path, clock: Callable[[], datetime]) -> Witness:
 
 
 class FileWitness:
-    """A folder with one file per log, to which notes are only appended; best on another machine's disk."""
+    """A folder with one file per log, to which notes are only appended; best on another machine's disk.
 
-    def __init__(self, folder: Path) -> None:
-        """Touches nothing yet."""
-        self._folder = folder
+    Such a disk may never answer, and whoever asked cannot be woken: one thread waits for it, and no more.
+    """
+
+    def __init__(self, folder: Path, seconds: float = 10.0) -> None:
+        """Touches nothing yet; a disk that has not answered after so many seconds is away."""
+        self._folder, self._seconds = folder, seconds
+        self._one = asyncio.Lock()
+        self._asked: Future[Any] | None = None
 
     @property
     def name(self) -> str:
@@ -73,11 +81,21 @@ class FileWitness:
 
     async def newest(self, origin: str) -> str | None:
         """The note of the largest log in the file's end: two processes may have written past each other."""
-        return await asyncio.to_thread(self._newest, self._path(origin))
+        return await self._ask(lambda: self._newest(self._path(origin)))
 
     async def keep(self, note: str) -> None:
         """Append and flush."""
-        await asyncio.to_thread(self._append, self._path(read_checkpoint(note).origin), note)
+        path = self._path(read_checkpoint(note).origin)
+        await self._ask(lambda: self._append(path, note))
+
+    async def _ask(self, work: Callable[[], T]) -> T:
+        async with self._one:
+            if self._asked is not None and not self._asked.done():
+                raise TimeoutError("it has not answered yet what it was asked before")
+            asked = self._asked = Future[T]()
+            Thread(target=_answer, args=(asked, work), name="witness", daemon=True).start()
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.wrap_future(asked)
 
     def _path(self, origin: str) -> Path:
         return self._folder / f"{_file_name(origin)}.notes"
@@ -117,10 +135,7 @@ class GitWitness:
         if not await asyncio.to_thread(self._git.repository.exists):
             return None
         head = await self._git.head(BRANCH)
-        path = f"{_file_name(origin)}.note"
-        if head is None or not await self._git.entries(head, path):
-            return None
-        return (await self._git.run("cat-file", "blob", f"{head}:{path}")).decode()
+        return None if head is None else await self._note(head, origin)
 
     async def keep(self, note: str) -> None:
         """Commit."""
@@ -134,12 +149,30 @@ class GitWitness:
         head = await self._git.head(BRANCH)
         if head is None:
             raise Unavailable(f"witness {self.name}: it has no {BRANCH}; name a new folder")
+        there = await self._note(head, tree.origin)
+        if there is not None and (_size(there) or 0) > tree.size:
+            return True  # Another process of ours was quicker, and what it signed continues this.
         entry = await self._git.store(note.encode())
         message = f"{tree.origin} {tree.size}\n"
         commit = await self._git.commit(
             head, {f"{_file_name(tree.origin)}.note": entry}, message, self._clock()
         )
         return await self._git.swap(BRANCH, commit, head)
+
+    async def _note(self, commit: str, origin: str) -> str | None:
+        path = f"{_file_name(origin)}.note"
+        if not await self._git.entries(commit, path):
+            return None
+        return (await self._git.run("cat-file", "blob", f"{commit}:{path}")).decode(errors="replace")
+
+
+def _answer(asked: Future[T], work: Callable[[], T]) -> None:
+    # Running it cannot be cancelled: whoever gives up leaves it be.
+    asked.set_running_or_notify_cancel()
+    try:
+        asked.set_result(work())
+    except BaseException as error:
+        asked.set_exception(error)
 
 
 def _end(path: Path) -> str:
