@@ -23,6 +23,8 @@ UNSETTLED = (Status.IN_DOUBT, Status.COMPENSATION_FAILED)
 
 def borne_out(link: Connection, tenant: str, outcome: Outcome) -> Outcome:
     """The outcome as it was meant, or one in doubt where the keys of its run say something else."""
+    if outcome.digest is None:
+        return outcome  # Nothing was put to anybody: its receipts, if any, are of runs that it started.
     standing, undone, pending = _keys(link, tenant, outcome.workflow_id)
     real = _real(outcome.receipts, standing)
     left = {key: receipt for key, receipt in standing.items() if key not in undone}
