@@ -13,13 +13,23 @@ from temporalio.client import ActivityFailureError
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import ApplicationError
 
+from activities.connectors.null import UNTARGETED
 from activities.ledger import Ledger
 from activities.routing import Routing
 from models.gate import Kind
 from models.inference import Call
 from models.ledger import Append, Draft, EventType
-from models.loop import Outcome, Receipt, Request, Status, action_key
-from models.orders import Admission, Conclusion, Effect, Effected, Fell, RouteOrder
+from models.loop import (
+    Guarantee,
+    Outcome,
+    Plan,
+    Receipt,
+    Request,
+    Reversibility,
+    Status,
+    action_key,
+)
+from models.orders import Admission, Conclusion, Effect, Effected, Fell, Planned, RouteOrder
 from models.settings import TemporalSettings
 from models.visibility import Queue
 from temporal.client import Started
@@ -53,7 +63,7 @@ async def held(shared: Shared, *actions: dict[str, Any]) -> tuple[Started, str]:
     return run, digest
 
 
-async def complete(shared: Shared, run: Started, said: Effect) -> None:
+async def complete(shared: Shared, run: Started, said: Effect | Planned) -> None:
     """`temporal activity complete`, for the step under way."""
     async with asyncio.timeout(LIMIT):
         while not (pending := (await run.handle.describe()).raw_description.pending_activities):
@@ -104,6 +114,28 @@ async def test_an_action_that_no_worker_took_is_not_executed_by_saying_so(shared
     await complete(shared, run, Effect(what=Effected.APPLIED, receipt=forged(digest)))
     outcome = await shared.outcome(run)
     assert (outcome.status, [one.action for one in outcome.receipts]) == (Status.IN_DOUBT, [1])
+
+
+async def test_a_dry_run_that_is_said_by_hand_lets_nothing_pass_without_a_person(shared: Shared) -> None:
+    run = await shared.propose(a_key(), odd("graver", hold="plan", irreversible=True), agent="auto")
+    await shared.odd.planning.wait()
+    diff = await shared.content.put("default", b"+harmless\n", "text/x-diff; charset=utf-8")
+    harmless = Plan(
+        action=0,
+        connector="odd",
+        operation="note",
+        target="odd:notes",
+        target_version=UNTARGETED,
+        diff=diff,
+        reversibility=Reversibility.READ_ONLY,
+        guarantee=Guarantee.KEYED,
+        undo="",
+    )
+    await complete(shared, run, Planned(plans=(harmless,)))
+    shared.odd.go_on.set()
+    second = await shared.digest(run, 2)
+    assert shared.standing("graver") == 0
+    assert (await shared.answer(run, Kind.REJECT, second)).counted
 
 
 async def test_nothing_is_written_of_a_run_that_it_did_not_order(shared: Shared) -> None:

@@ -50,7 +50,7 @@ from models.errors import (
     PreconditionLost,
     UnknownName,
 )
-from models.gate import Verdict, may_act, may_undo
+from models.gate import Verdict, is_automatic, may_act, may_undo
 from models.ledger import Draft, EventType, act_stream
 from models.loop import Action, Intent, Plan, Receipt, Reversibility, action_key
 from models.orders import Effect, Effected, EffectOrder, Planned, PlanOrder
@@ -308,8 +308,34 @@ class Actor:
         return found
 
     async def _send(self, job: Job) -> Applied:
+        if is_automatic(job.intent):
+            await self._pass_anew(job)
         deadline = held(job).deadline
         return await self._guarded(job, job.connector.apply(job.who.key, job.work, job.expected, deadline))
+
+    async def _pass_anew(self, job: Job) -> None:
+        """Where nobody is asked, the class and the numbers that let it pass are not taken from the run.
+
+        Raises:
+            PreconditionLost: a dry run of now would not pass alone.
+        """
+        action, dry = job.intent.proposal.actions[job.order.action], await job.connector.plan(job.work)
+        said = {
+            "connector": action.connector,
+            "operation": action.operation,
+            "target": dry.target,
+            "reversibility": dry.reversibility,
+            "cost": dry.cost,
+            "changes": dry.changes,
+        }
+        plans = [
+            plan.model_copy(update=said) if plan.action == job.order.action else plan
+            for plan in job.intent.plans
+        ]
+        if not is_automatic(job.intent.model_copy(update={"plans": tuple(plans)})):
+            raise PreconditionLost(
+                f"action {job.who.key} as it is planned now does not pass without a person"
+            )
 
     async def _take_back(self, job: Job, applied: Applied) -> Applied:
         return await job.connector.undo(job.who.key, job.work, applied, held(job).deadline)
