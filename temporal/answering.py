@@ -15,9 +15,11 @@ from models.canonical import derived_id
 from models.errors import InvalidInput, Unavailable
 from models.gate import Judged, Kind, Refusal
 from models.ledger import Draft, Event, EventType
+from models.visibility import State
 from temporal.client import answer
 
 PATIENCE = timedelta(seconds=30)
+STOPPED = "Temporal has no open run of it; start the request again, which goes on from where its ledger is"
 
 
 class Answering:
@@ -71,8 +73,8 @@ class Answering:
     async def _late(self, run: str, kind: Kind, message: dict[str, Any]) -> Judged:
         """An answer to a run that is over stands in the ledger too."""
         reading = await self._runs.read(run)
-        ended = f" as {reading.outcome.status}" if reading.outcome else ""
-        remedy = f"the run has ended{ended}; nothing is open"
+        ended = reading.outcome if reading.state is State.DONE else None
+        remedy = STOPPED if ended is None else f"the run has ended as {ended.status}; nothing is open"
         approver = str(message["approver"])
         refusal = Refusal(kind=kind, field="ID", remedy=remedy, approver=approver)
         parts = [str(message.get(name, "")) for name in ("digest", "approver", "comment", "to", "role")]

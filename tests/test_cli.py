@@ -271,6 +271,18 @@ async def test_an_answer_to_a_closed_run_is_refused_and_stands_in_the_ledger(sta
     assert (await stack.types(run_)).count("refusal") == 1
 
 
+async def test_a_run_that_was_terminated_is_called_that_and_not_ended(stack: Stack) -> None:
+    run_ = await stack.propose(a_key(), note())
+    digest = await stack.digest(run_)
+    await run_.handle.terminate()
+    shown = await command(stack, "show", run_.workflow_id)
+    assert "stopped  Temporal has no open run of it; start the request again" in shown.stdout
+    assert "countersign approve" not in shown.stdout
+    late = await command(stack, "approve", run_.workflow_id, "--digest", digest, *ANN)
+    assert late.exit_code == Exit.GATE
+    assert "start the request again" in late.stderr
+
+
 async def test_an_answer_to_an_unknown_run_is_refused(stack: Stack) -> None:
     result = await command(stack, "approve", "content-nothing", "--digest", "0" * 64, *ANN)
     assert result.exit_code == Exit.REFUSED

@@ -1,6 +1,7 @@
 """`countersign show ID`: what the approver reads and where the run stands, from the ledger alone.
 
-It needs neither a worker nor Temporal, and every text is checked against the digest that binds it.
+It needs neither a worker nor Temporal, and every text is checked against the digest that binds it. Where
+Temporal answers, a run that somebody stopped is called that.
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from temporalio.service import RPCError
 
 from activities.services.runs import Reading
 from models.card import visible
+from models.errors import Unavailable
 from models.loop import Outcome
-from scripts.commands.session import Json, Run, console, opened, said
+from models.settings import Settings
+from models.visibility import State
+from scripts.commands.session import Json, Run, console, opened, reach, said
+from temporal.answering import STOPPED
+from temporal.client import is_open
 from workers import config
 
 
@@ -25,7 +32,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show the card of a run's last intent, and where the run stands."""
-    reading = asyncio.run(_read(run))
+    reading, stopped = asyncio.run(_read(run))
     card = reading.card
     text = "" if card is None else card.full if full else card.short
     if as_json:
@@ -34,7 +41,7 @@ def show(
     out = console()
     if text:
         print_card(out, text)
-    print_state(out, reading)
+    print_state(out, reading, stopped)
 
 
 def print_card(out: Console, text: str) -> None:
@@ -42,7 +49,7 @@ def print_card(out: Console, text: str) -> None:
     out.print(Markdown(text) if out.is_terminal else text)
 
 
-def print_state(out: Console, reading: Reading) -> None:
+def print_state(out: Console, reading: Reading, stopped: bool = False) -> None:
     """Where a run stands, in a few lines."""
     out.print(f"run      {reading.run}")
     out.print(f"state    {reading.state}")
@@ -56,7 +63,9 @@ def print_state(out: Console, reading: Reading) -> None:
         out.print(f"review   {review.kind} by {visible(review.approver)} ({review.assurance})")
     if reading.outcome is not None:
         print_outcome(out, reading.outcome)
-    if reading.reviewing and reading.card is not None:
+    if stopped:
+        out.print(f"stopped  {STOPPED}")
+    elif reading.reviewing and reading.card is not None:
         command = f"countersign approve {reading.run} --review --digest {reading.card.digest}"
         out.print(f"review   the glass was broken; say whether that was right: {command} --as YOUR-NAME")
     elif reading.waiting:
@@ -72,6 +81,16 @@ def print_outcome(out: Console, outcome: Outcome) -> None:
         out.print(f"receipt  {visible(receipt.reference)} {links}".rstrip())
 
 
-async def _read(run: str) -> Reading:
-    async with opened(config.load()) as session:
-        return await session.runs.read(run)
+async def _read(run: str) -> tuple[Reading, bool]:
+    settings = config.load()
+    async with opened(settings) as session:
+        reading = await session.runs.read(run)
+    return reading, reading.state is not State.DONE and await _is_stopped(settings, run)
+
+
+async def _is_stopped(settings: Settings, run: str) -> bool:
+    """Whether Temporal says that nobody carries it on; nothing is guessed where it does not answer."""
+    try:
+        return not await is_open(await reach(settings), run)
+    except (Unavailable, RPCError):
+        return False
