@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from alembic.autogenerate import compare_metadata
@@ -31,5 +32,13 @@ def test_migrating_again_changes_nothing(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'twice.db'}"
     migrate(url)
     migrate(url)
+    current, expected = state(url)
+    assert current == expected
+
+
+def test_stacks_that_start_at_once_migrate_one_after_the_other(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'at-once.db'}"
+    with ThreadPoolExecutor(3) as stacks:
+        list(stacks.map(migrate, [url] * 3))
     current, expected = state(url)
     assert current == expected

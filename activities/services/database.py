@@ -45,6 +45,13 @@ PRAGMAS = (
     "recursive_triggers=on",
 )
 BUSY_MILLISECONDS = 30_000
+TURN = (
+    "SELECT set_config('idle_in_transaction_session_timeout', '30s', true), "
+    "pg_advisory_xact_lock(427071729268)"
+)
+"""PostgreSQL has as many writers as there are processes. Their batches hold rows in the order in which jobs
+came, so that they would wait for each other: it gets one at a time, as SQLite has. One that is stopped in its
+turn loses it."""
 ALIVE = {
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -294,8 +301,23 @@ def from_micros(value: int) -> datetime:
 
 
 def _engine(url: str) -> Engine:
-    if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, connect_args=ALIVE)
+    sqlite = url.startswith("sqlite")
+    engine = _sqlite(url) if sqlite else create_engine(url, pool_pre_ping=True, connect_args=ALIVE)
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
+        # A deferred transaction that turns into a writer later can fail at once instead of waiting.
+        writer = threading.current_thread().name == "database-writer"
+        # Half of what a short transaction costs would be SQLAlchemy's own way of running this one statement.
+        if sqlite:
+            run_plain(connection, "BEGIN IMMEDIATE" if writer else "BEGIN")
+        elif writer:
+            run_plain(connection, TURN)
+
+    return engine
+
+
+def _sqlite(url: str) -> Engine:
     engine = create_engine(
         url, connect_args={"timeout": BUSY_MILLISECONDS / 1000, "check_same_thread": False}
     )
@@ -305,12 +327,5 @@ def _engine(url: str) -> Engine:
         raw.isolation_level = None
         for pragma in PRAGMAS:
             raw.execute(f"PRAGMA {pragma}").close()
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
-        # A deferred transaction that turns into a writer later can fail at once instead of waiting.
-        writer = threading.current_thread().name == "database-writer"
-        # Half of what a short transaction costs would be SQLAlchemy's own way of running this one statement.
-        run_plain(connection, "BEGIN IMMEDIATE" if writer else "BEGIN")
 
     return engine

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Column, Connection, Row, func, insert, select, text, update
+from sqlalchemy import Column, Connection, Row, func, insert, select, update
 
 from activities.services.database import Database
 from models.errors import InvalidInput
@@ -35,7 +35,6 @@ UNIT_TOLERANCE = 1e-3
 READ_ROWS = 2048
 BLOCK_ROWS = 16_384
 CHUNK_ROWS = 4096
-POSITIONS_LOCK = 0x636F756E74
 SHELVES = 64
 TIMES = ("recorded_at", "active_at", "valid_from", "valid_to", "expires_at")
 AGENT = "agent:"
@@ -88,11 +87,9 @@ def unit_vector(values: Sequence[float] | Vector, dimensions: int) -> Vector:
 def next_position(connection: Connection, column: Column[int]) -> int:
     """The position after the highest one, in commit order even between processes.
 
-    SQLite has one writer at a time; elsewhere a lock held until commit keeps a later position from
-    becoming visible before an earlier one, which a reader would then never look for again.
+    There is one writer at a time: if a later position became visible before an earlier one, a reader would
+    never look for that one again.
     """
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": POSITIONS_LOCK})
     return int(connection.execute(select(func.coalesce(func.max(column), 0))).scalar_one()) + 1
 
 

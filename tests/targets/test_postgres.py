@@ -5,12 +5,14 @@ import random
 import socket
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from activities.services.checkpoints import Checkpoints
@@ -37,6 +39,7 @@ from tests.test_witness_asked import House
 
 pytest.importorskip("psycopg")
 pytestmark = pytest.mark.real
+WAITING = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "targets" / "postgres.sh"
 
 
@@ -84,6 +87,44 @@ async def test_writers_with_connections_of_their_own_leave_no_gap(url: str) -> N
     for database in databases:
         database.close()
     assert check(url, "many", 240) == 240
+
+
+def test_stacks_that_start_at_once_migrate_one_after_the_other(url: str) -> None:
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as link:
+        link.execute(text("CREATE DATABASE at_once"))
+    engine.dispose()
+    fresh = engine.url.set(database="at_once").render_as_string(hide_password=False)
+    with ThreadPoolExecutor(3) as stacks:
+        list(stacks.map(migrate, [fresh] * 3))
+    current, expected = state(fresh)
+    assert current == expected
+
+
+async def test_writers_take_turns_so_that_no_batch_waits_for_one_that_waits_for_it(url: str) -> None:
+    one, other = Database(url), Database(url)
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold(link: Connection) -> str:
+        add_in(link, "log-a", draft("held", "held"), datetime.now(UTC))
+        entered.set()
+        leave.wait()
+        return str(link.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one())
+
+    holding = asyncio.create_task(one.write(hold))
+    await asyncio.to_thread(entered.wait)
+    store = LedgerStore(other, lambda: datetime.now(UTC))
+    waiting = asyncio.create_task(store.add("log-b", draft("waits", "waits")))
+    try:
+        while not await one.read(lambda link: link.execute(text(WAITING)).first()):
+            assert not waiting.done()
+            await asyncio.sleep(0.01)
+    finally:
+        leave.set()
+    await waiting
+    assert await holding == "30s", "whoever is stopped in its turn loses it"
+    for database in (one, other):
+        await asyncio.to_thread(database.close)
 
 
 async def test_a_signed_log_is_sound(database: Database) -> None:
@@ -175,8 +216,7 @@ async def test_an_act_waits_for_whoever_writes_to_the_log_and_goes_by_what_they_
     with other.engine.begin() as link:
         add_in(link, bound.order.tenant, expired, datetime.now(UTC))
         acting = asyncio.create_task(world.act(bound))
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        while not await other.read(lambda link: link.execute(text(waiting)).first()):
+        while not await other.read(lambda link: link.execute(text(WAITING)).first()):
             assert not acting.done()
             await asyncio.sleep(0.01)
     assert await acting == "refused"

@@ -8,6 +8,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
 
 from activities.services.database import Database
 
@@ -16,10 +17,8 @@ def migrate(url: str) -> None:
     """Upgrade to the newest schema; does nothing when it is there already."""
     database = Database(url)
     try:
-        with database.engine.begin() as connection:
-            config = _config()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+        # In its turn, like all that writes: two stacks that start at once would trip over each other.
+        database.submit(_upgrade).result()
     finally:
         database.close()
 
@@ -33,6 +32,12 @@ def state(url: str) -> tuple[str | None, str | None]:
     finally:
         database.close()
     return current, ScriptDirectory.from_config(_config()).get_current_head()
+
+
+def _upgrade(connection: Connection) -> None:
+    config = _config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
 
 
 def _config() -> Config:
