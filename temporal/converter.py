@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 from temporalio.api.common.v1 import Payload
 from temporalio.common import RawValue
-from temporalio.contrib.pydantic import PydanticPayloadConverter, pydantic_data_converter
+from temporalio.contrib.pydantic import PydanticPayloadConverter
 from temporalio.converter import (
     ActivitySerializationContext,
     DataConverter,
@@ -174,6 +174,19 @@ class LenientPayloadConverter(PydanticPayloadConverter):
             return RawValue(payload)
 
 
+class _Unstored(DataConverter):
+    """Takes a payload that says it stands elsewhere as it came: nothing of ours does.
+
+    The SDK would stop the whole workflow task, for ever, because of one that a stranger sent.
+    """
+
+    async def _decode_reference_payload_sequence(self, payloads: Sequence[Payload]) -> list[Payload]:
+        return list(payloads)
+
+    async def _external_retrieve_payload_sequence(self, payloads: Sequence[Payload]) -> list[Payload]:
+        return list(payloads)
+
+
 def refused(error: ValidationError) -> InvalidInput:
     """The first thing that does not fit, with field, value and remedy."""
     first = cast(dict[str, Any], error.errors(include_url=False)[0])
@@ -197,7 +210,7 @@ def codec_of(settings: EncryptionSettings, data: Path) -> SealingCodec | None:
 
 def data_converter(codec: PayloadCodec | None = None) -> DataConverter:
     """The converter of clients, workers, replay and tests; with a codec, failure texts are sealed too."""
-    plain = replace(pydantic_data_converter, payload_converter_class=LenientPayloadConverter)
+    plain = _Unstored(payload_converter_class=LenientPayloadConverter)
     if codec is None:
         return plain
     return replace(

@@ -35,6 +35,9 @@ async def shared(
         yield made
 
 
+ELSEWHERE = {"encoding": b"json/plain", "__temporal_external_storage_reference": b"true"}
+
+
 def raw(data: bytes, encoding: bytes | None) -> RawValue:
     return RawValue(Payload(metadata={} if encoding is None else {"encoding": encoding}, data=data))
 
@@ -63,6 +66,8 @@ def malformed(digest: str) -> dict[str, list[Any]]:
         "bytes": [b"\x00\xff"],
         "unknown encoding": [raw(b"\x00\xff\xfe", b"binary/rubbish")],
         "no encoding": [raw(b"yes", None)],
+        "stored elsewhere": [raw(b"{}", b"json/external-storage-reference")],
+        "marked as stored elsewhere": [RawValue(Payload(metadata=ELSEWHERE, data=b"{}"))],
         "broken json": [raw(b'{"digest": ', b"json/plain")],
         "lone surrogate": [raw(b'{"digest": "x", "approver": "\\ud800"}', b"json/plain")],
         "not utf-8": [raw(b'{"digest": "\xff"}', b"json/plain")],
