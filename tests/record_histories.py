@@ -50,6 +50,9 @@ Flow = Callable[[Shared], Awaitable[Started]]
 FLOWS: dict[str, Flow] = {}
 SIGNING = "ann"
 """File of the key that signs, in the data folder."""
+SHORT = ("--dynamic-config-value", "limit.historyCount.suggestContinueAsNew=60")
+KINDS: dict[str, tuple[Any, ...]] = {"policy": (True,), "long": (False, *SHORT)}
+"""Whether people are named, and flags of the server, for flows whose names begin so."""
 IDENTITY = re.compile(r"\d+@[A-Za-z0-9.\-]+")
 
 
@@ -232,6 +235,16 @@ async def short_continued(shared: Shared) -> Started:
 
 
 @flow
+async def long_one_by_one(shared: Shared) -> Started:
+    run = await shared.propose(a_key(), note())
+    digest, first = await shared.digest(run), (await run.handle.describe()).run_id
+    while (await run.handle.describe()).run_id == first:
+        await shared.answer(run, Kind.APPROVE, "0" * 64)
+    await shared.answer(run, Kind.REJECT, digest)
+    return Started(run.workflow_id, shared.client.get_workflow_handle(run.workflow_id, run_id=first))
+
+
+@flow
 async def content_revised_and_published(shared: Shared) -> Started:
     body = await shared.content.put("default", BRIEF.encode(), "text/markdown; charset=utf-8")
     run = await submit(
@@ -372,11 +385,11 @@ def settings_of(temporal: TemporalSettings, data: Path) -> Settings:
 
 
 @asynccontextmanager
-async def stack(data: Path, people: bool) -> AsyncGenerator[Shared]:
+async def stack(data: Path, people: bool, *flags: str) -> AsyncGenerator[Shared]:
     """A server and all roles, for as long as the block lasts."""
     temporal = TemporalSettings(address=f"127.0.0.1:{free_port()}", ui_port=free_port(), managed=False)
     with open(data / "log", "wb") as log:
-        argv = dev_server.argv(dev_server.binary(), temporal, data)
+        argv = [*dev_server.argv(dev_server.binary(), temporal, data), *flags]
         process = subprocess.Popen(argv, stdout=log, stderr=log)
     try:
         await dev_server.wait_ready(temporal)
@@ -411,13 +424,11 @@ def neutral(history: dict[str, Any]) -> str:
 
 
 async def record(names: list[str]) -> None:
-    FOLDER.mkdir(exist_ok=True)
     wanted = names or list(FLOWS)
-    for people in (False, True):
-        some = [name for name in wanted if name.startswith("policy_") is people]
-        if some:
+    for given in ((False,), *KINDS.values()):
+        if some := [name for name in wanted if KINDS.get(name.partition("_")[0], (False,)) == given]:
             with tempfile.TemporaryDirectory() as data:
-                async with stack(Path(data), people) as shared:
+                async with stack(Path(data), *given) as shared:
                     await record_all(shared, some)
 
 

@@ -20,6 +20,9 @@ from models.loop import Status
 from models.settings import TemporalSettings
 from temporal.client import Started, answer
 from tests.conftest import Stack, a_key, note, serving, settings_for, stack_of
+from tests.test_glass import AGENTS, LIMIT, Room, room_settings
+from tests.test_signatures import make_key
+from workers.compose import Parts
 
 MANY = 300
 WANTED = 4_096
@@ -114,6 +117,40 @@ async def test_a_run_that_is_flooded_goes_on_in_a_new_history_with_nothing_lost(
         kinds = Counter(await stack.types(run))
         assert (kinds["refusal"], kinds["intent"], kinds["verdict"], kinds["receipt"]) == (many, 1, 1, 1)
         assert len(stack.notes()) == 1
+
+
+@pytest.fixture
+def temporal_short(tmp_path: Path) -> Iterator[TemporalSettings]:
+    with serving(
+        tmp_path, "--dynamic-config-value", "limit.historyCount.suggestContinueAsNew=60"
+    ) as settings:
+        yield settings
+
+
+async def test_what_comes_one_by_one_ends_neither_a_run_that_waits_nor_a_review_by_its_length(
+    temporal_short: TemporalSettings, tmp_path: Path
+) -> None:
+    keys = {name: make_key(tmp_path, name) for name in ("ann", "bob", "ines")}
+    async with stack_of(room_settings(temporal_short, tmp_path, keys), Parts(agents=AGENTS)) as stack:
+        room = Room(stack, keys)
+        started, digest = await room.start()
+        run = Started(started.workflow_id, stack.client.get_workflow_handle(started.workflow_id))
+        await goes_on_anew(stack, run)
+        await room.breaks(run, digest)
+        await room.state(run, "reviewing")
+        await goes_on_anew(stack, run, review=True)
+        await room.state(run, "reviewing")
+        reviewed = await room.says(run, "bob", Kind.APPROVE, digest=digest, review=True)
+        assert (reviewed.counted, reviewed.state) == (True, "reviewed")
+        assert (await started.handle.result()).status is Status.EXECUTED
+        assert len(stack.notes()) == 1
+
+
+async def goes_on_anew(stack: Stack, run: Started, **more: Any) -> None:
+    first = (await run.handle.describe()).run_id
+    async with asyncio.timeout(LIMIT):
+        while (await run.handle.describe()).run_id == first:
+            assert not (await stack.answer(run, Kind.APPROVE, "0" * 64, **more)).counted
 
 
 def test_a_run_that_is_taken_up_again_is_given_of_refusals_only_the_last() -> None:

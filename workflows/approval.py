@@ -42,6 +42,8 @@ REMINDED_ONCE = "reminded once"
 """Runs from before make up for every reminder that fell due while no worker was there."""
 IN_LINE = "messages in line"
 """Runs from before log each message of a flood by itself."""
+LONG_ANYHOW = "long anyhow"
+"""Runs from before stay in one history whatever comes one by one, until Temporal ends them for its length."""
 CROWD, BATCH = 20, 100
 """With more messages than that under way they stand in line; so many are judged at once."""
 CLOSED = Judged(counted=False, state="closed", field="input", remedy="this run was not admitted")
@@ -62,7 +64,7 @@ class Approval:
     def __init__(self, journal: Journal) -> None:
         """All state is the journal's."""
         self._journal = journal
-        self.review = Review(journal)
+        self.review = Review(journal, self.measure)
         self.is_long = False
         """So much was sent that the run should go on in a new history."""
         self._closed = False
@@ -79,11 +81,17 @@ class Approval:
         """Judge one message and record it, whatever it was."""
         self._taking += 1
         try:
-            if self._taking > CROWD and workflow.patched(IN_LINE):
-                return await self._take_in_line(kind, payloads)
-            return await self._take_alone(kind, payloads)
+            in_line = self._taking > CROWD and workflow.patched(IN_LINE)
+            judged = await (self._take_in_line if in_line else self._take_alone)(kind, payloads)
         finally:
             self._taking -= 1
+        self.measure()
+        return judged
+
+    def measure(self) -> None:
+        """Find out whether so much has come of messages and reminders that the run should go on anew."""
+        if workflow.info().is_continue_as_new_suggested() and workflow.patched(LONG_ANYHOW):
+            self.is_long = self.review.is_long = True
 
     async def _take_in_line(self, kind: Kind, payloads: Sequence[Any]) -> Judged:
         """One of a flood: whoever has the stream judges a piece of the line and logs what is refused at once.
@@ -243,6 +251,7 @@ class Approval:
                 if intent.gate.hours is not None or self._counts_anew(intent, now, reminds):
                     body["at"] = now.isoformat()
                 await self._journal.append((EventType.REMINDER, body))
+        self.measure()
 
     def _counts_anew(self, intent: Intent, now: datetime, due: datetime) -> bool:
         """Whether the next reminder runs from this one: after a long absence one is enough."""

@@ -340,6 +340,8 @@ class Loop(Messages):
             self._upsert(State.REVIEWING)
             workflow.set_current_details(review_card(self.approval.review.digest))
             await self.approval.review.wait()
+            if self.approval.review.is_open:
+                await self._continue_as_new()
             self._upsert(State.DONE)
         await workflow.wait_condition(workflow.all_handlers_finished)
 
@@ -416,8 +418,11 @@ class Loop(Messages):
 
     async def _continue_as_new_if_long(self) -> None:
         if self._put >= self.SPEC.revisions_per_run or workflow.info().is_continue_as_new_suggested():
-            await workflow.wait_condition(workflow.all_handlers_finished)
-            workflow.continue_as_new(self.request)
+            await self._continue_as_new()
+
+    async def _continue_as_new(self) -> None:
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        workflow.continue_as_new(self.request)
 
 
 def _readable(error: BaseException) -> BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 
 from temporalio import workflow
@@ -19,9 +20,11 @@ from workflows.notices import Crier
 class Review:
     """What is thought of a run whose glass was broken."""
 
-    def __init__(self, journal: Journal) -> None:
-        """All state is the journal's."""
+    def __init__(self, journal: Journal, measure: Callable[[], None]) -> None:
+        """All state is the journal's; `measure` finds out whether the history has become long."""
         self._journal = journal
+        self._measure = measure
+        self.is_long = False
 
     @property
     def glass(self) -> BreakGlass:
@@ -42,9 +45,9 @@ class Review:
         return self._journal.progress.broken[-1].digest
 
     async def wait(self) -> None:
-        """Wait until it is reviewed, however long that takes."""
+        """Wait until it is reviewed, however long that takes, or the run is too long to wait in it."""
         crier = Crier(self._journal, self.digest, lambda: self.is_open, self._heard_by)
-        while self.is_open:
+        while self.is_open and not self.is_long:
             crier.keep_up()
             await self._wait_once()
         crier.stop()
@@ -92,7 +95,9 @@ class Review:
         if left > timedelta(0):
             try:
                 await workflow.wait_condition(
-                    lambda: not self.is_open or len(self._journal.progress.notices) != settled,
+                    lambda: (
+                        not self.is_open or self.is_long or len(self._journal.progress.notices) != settled
+                    ),
                     timeout=left,
                     timeout_summary="the review is late",
                 )
@@ -102,6 +107,7 @@ class Review:
                 return
         # After a long absence one alarm is enough.
         await self._alarm((workflow.now() - begun) // within)
+        self._measure()
 
     async def _alarm(self, number: int) -> None:
         async with self._journal.writing():
