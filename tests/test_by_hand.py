@@ -13,6 +13,7 @@ from temporalio.client import ActivityFailureError
 from temporalio.common import RetryPolicy
 from temporalio.exceptions import ApplicationError
 
+from activities.actions import Actions
 from activities.connectors.null import UNTARGETED
 from activities.ledger import Ledger
 from activities.routing import Routing
@@ -20,16 +21,18 @@ from models.gate import Kind
 from models.inference import Call
 from models.ledger import Append, Draft, EventType
 from models.loop import (
+    Action,
     Guarantee,
     Outcome,
     Plan,
+    Proposal,
     Receipt,
     Request,
     Reversibility,
     Status,
     action_key,
 )
-from models.orders import Admission, Conclusion, Effect, Effected, Fell, Planned, RouteOrder
+from models.orders import Admission, Conclusion, Effect, Effected, Fell, Planned, PlanOrder, RouteOrder
 from models.settings import TemporalSettings
 from models.visibility import Queue
 from temporal.client import Started
@@ -164,6 +167,18 @@ async def test_nothing_is_written_of_a_run_that_it_did_not_order(shared: Shared)
     assert (await shared.answer(run, Kind.REJECT, digest)).counted
 
 
+@pytest.mark.parametrize("text", [b"no JSON", b"[]", b'"x"', b"\xff", b"[" * 100_000])
+async def test_a_dry_run_of_what_are_no_arguments_is_refused_at_once(shared: Shared, text: bytes) -> None:
+    ref = await shared.content.put("default", text, "text/plain")
+    action = Action(connector="odd", operation="note", arguments=ref, title="A note")
+    proposal = Proposal(agent="external", title="Odd", actions=(action,))
+    order = PlanOrder(tenant="default", proposal=proposal, numbers=(0,))
+    with pytest.raises(ActivityFailureError) as failed:
+        await _by_hand(shared, Actions.plan, order, Queue.ACT)
+    assert isinstance(failed.value.cause, ApplicationError)
+    assert "one JSON object" in failed.value.cause.message
+
+
 def _wish(run: Started, expected: int, kind: EventType, body: dict[str, Any]) -> Append:
     draft = Draft(
         event_id=a_key(),
@@ -177,13 +192,13 @@ def _wish(run: Started, expected: int, kind: EventType, body: dict[str, Any]) ->
     return Append(tenant="default", stream=run.workflow_id, expected=expected, drafts=(draft,))
 
 
-async def _by_hand(shared: Shared, step: Any, order: Any) -> Any:
+async def _by_hand(shared: Shared, step: Any, order: Any, queue: Queue = Queue.DECIDE) -> Any:
     """`temporal activity execute`."""
     return await shared.client.execute_activity(
         step,
         order,
         id=a_key(),
-        task_queue=Queue.DECIDE,
+        task_queue=queue,
         start_to_close_timeout=timedelta(seconds=10),
         retry_policy=RetryPolicy(maximum_attempts=1),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 from sqlalchemy import Connection
 
 from activities.connectors.base import Applied, Connector, Work
+from activities.services.arguments import load_arguments
 from activities.services.beliefs import stale_in
 from activities.services.content import ContentStore, get_blob, put_blob
 from activities.services.database import Database
@@ -214,7 +214,8 @@ class Actor:
             raise UnknownName(f"connector: {name!r} is not configured; known: {known}") from None
 
     async def _work(self, tenant: str, action: Action) -> Work:
-        return Work(action.operation, json.loads(await self._content.get(tenant, action.arguments)), tenant)
+        arguments = load_arguments(await self._content.get(tenant, action.arguments))
+        return Work(action.operation, arguments, tenant)
 
     def _open(self, link: Connection, order: EffectOrder, undo: bool) -> Job | Effect:
         """Gate and reservation in one transaction, so that nothing can slip between them."""
@@ -264,7 +265,7 @@ class Actor:
             raise PolicyDenied(f"action {order.action} is not part of intent {order.digest[:12]}…")
         action = intent.proposal.actions[order.action]
         connector = self._connector(action.connector)
-        arguments = json.loads(get_blob(link, order.tenant, action.arguments.digest))
+        arguments = load_arguments(get_blob(link, order.tenant, action.arguments.digest))
         return Job(
             order=order,
             intent=intent,

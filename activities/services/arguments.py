@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -11,6 +12,23 @@ from pydantic_core import ErrorDetails
 from models.errors import InvalidInput
 
 T = TypeVar("T", bound=BaseModel)
+
+
+def load_arguments(data: bytes) -> dict[str, Any]:
+    """The arguments of an action, as they are stored.
+
+    Raises:
+        InvalidInput: they are no JSON object.
+    """
+    try:
+        plain = json.loads(data)
+    except (ValueError, RecursionError):
+        plain = None
+    if not isinstance(plain, dict):
+        raise InvalidInput.field(
+            "arguments", f"{len(data)} bytes", "an action's arguments are one JSON object"
+        )
+    return cast("dict[str, Any]", plain)
 
 
 def read_arguments(model: type[T], arguments: Mapping[str, Any], remedies: Mapping[str, str]) -> T:
