@@ -113,7 +113,7 @@ class Key:
 
     def __init__(self, text: str, kind: bytes = b"\x01") -> None:
         self.text, self.cosigns = text.strip(), kind == b"\x04"
-        self.name, short, encoded = text.strip().split("+", 2)
+        self.name, short, encoded = [*text.strip().split("+", 2), "", ""][:3]
         self.raw = b64decode(encoded, validate=True)
         self.hash = hashlib.sha256(self.name.encode() + b"\n" + self.raw).digest()[:4]
         if self.raw[:1] != kind or len(self.raw) != 33 or self.hash.hex() != short:

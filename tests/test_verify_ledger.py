@@ -135,6 +135,12 @@ def test_the_verifier_runs_alone(log: Log, tmp_path: Path) -> None:
         assert ended.returncode == code, ended.stdout + ended.stderr
 
 
+@pytest.mark.parametrize("text", ["KEY", "a+b", "a+b+", ""])
+def test_what_is_no_key_is_called_that_and_its_form_named(text: str) -> None:
+    with pytest.raises(ValueError, match="in the form NAME"):
+        verify_ledger.Key(text)
+
+
 def test_every_event_has_a_proof_that_holds_for_it_alone(log: Log, tmp_path: Path) -> None:
     path, keys = tmp_path / "proof", [verify_ledger.Key(str(log.key))]
     for proof, other in zip(log.proofs, (*log.proofs[1:], log.proofs[0]), strict=True):
