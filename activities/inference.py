@@ -7,6 +7,7 @@ from typing import Protocol
 from temporalio import activity
 
 from activities.heartbeat import heartbeats
+from activities.ordered import of_this_run
 from models.inference import Answered, Ask, Call, Grant
 
 
@@ -33,6 +34,7 @@ class Inference:
 
         The heartbeat is also how a cancellation reaches a call that waits for a slow model.
         """
+        of_this_run(ask.workflow_id)
         async with heartbeats():
             attempt = activity.info().attempt
             return await self._answers.answer(ask.tenant, ask.call, ask.tier, ask.grant, attempt)

@@ -400,7 +400,7 @@ async def test_a_tgi_tier_answers_a_structured_task_end_to_end():
     assert "kettles" in await shelf.text("acme", answered.text)
 
 
-ASK = Ask(tenant="acme", workflow_id="w", call=Call(task="title"), tier="edge")
+ASK = Ask(tenant="acme", workflow_id="test", call=Call(task="title"), tier="edge")
 REF = Ref(digest="0" * 64, size=0)
 
 
@@ -417,6 +417,21 @@ async def test_the_activity_answers_and_heartbeats_while_it_thinks():
     environment.on_heartbeat = lambda *_: beaten.set()
     answered = await environment.run(Inference(Thinking()).answer, ASK)
     assert answered.tier == "edge"
+
+
+@pytest.mark.parametrize("by", [None, "another"])
+async def test_a_call_that_its_run_did_not_order_reaches_no_tier(by: str | None):
+    environment = ActivityEnvironment()
+    environment.info = replace(environment.info, workflow_id=by)
+    asked = list[str]()
+
+    class Answering:
+        async def answer(self, tenant, call, tier, grant=None, attempt=1):
+            asked.append(tier)
+
+    with pytest.raises(PolicyDenied):
+        await environment.run(Inference(Answering()).answer, ASK)
+    assert asked == []
 
 
 async def test_cancelling_the_activity_cancels_the_call():
