@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,13 +248,13 @@ class Room:
     stack: Stack
     keys: dict[str, Path]
 
-    async def start(self, agent: str = "external") -> tuple[Started, str]:
-        request = self.request(agent)
+    async def start(self, agent: str = "external", **body: Any) -> tuple[Started, str]:
+        request = self.request(agent, **body)
         run = await submit(self.stack.client, request, self.stack.settings.temporal)
         return run, await self.stack.digest(run)
 
-    def request(self, agent: str = "external") -> Request:
-        body = json.dumps({"title": "t", "actions": [note(a_key())]})
+    def request(self, agent: str = "external", **more: Any) -> Request:
+        body = json.dumps({"title": "t", "actions": [note(a_key())]} | more)
         return Request(agent=agent, key=a_key(), body=body, requester="ines")
 
     async def says(self, run: Started, who: str, kind: Kind, **more: Any) -> Any:
@@ -405,6 +406,23 @@ async def test_neither_cancelling_nor_terminating_does_away_with_a_review(room: 
     ended = await begin(room.stack.settings, request, b"{}", "", wait=False)
     assert ended["was"] == "ended earlier"
     assert room.stack.notes() == notes
+
+
+@in_the_room
+async def test_what_was_broken_is_reviewed_though_another_intent_followed_it(room: Room) -> None:
+    name = a_key()
+    run, digest = await room.start(actions=[note("drift", target=name)])
+    (room.stack.settings.data / "notes" / "targets" / name).write_text("changed meanwhile")
+    await room.breaks(run, digest)
+    after = await room.stack.digest(run, 2)
+    await room.says(run, "bob", Kind.REJECT, digest=after)
+    await room.state(run, "reviewing")
+    shown = await command(room.stack, "show", run.workflow_id)
+    (line,) = [line for line in shown.stdout.splitlines() if "--review" in line]
+    words = shlex.split(line.partition("countersign ")[2].replace("YOUR-NAME", "eve"))
+    done = await command(room.stack, *words, "--sign", str(room.keys["eve"]))
+    assert done.exit_code == Exit.DONE, done.stderr
+    assert (await run.handle.result()).status is Status.REJECTED
 
 
 @in_the_room

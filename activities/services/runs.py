@@ -98,7 +98,11 @@ class Runs:
         progress = Progress()
         progress.take(_entries(event for event in events if event.stream == run))
         card = await self._card(events)
-        return Reading(run, _agent(events), _state(progress, card), progress, card)
+        state = _state(progress, card)
+        if state is State.REVIEWING:
+            # Not what may have followed it after a drift.
+            card = await self._card(events, progress.broken[-1].digest)
+        return Reading(run, _agent(events), state, progress, card)
 
     async def title(self, digest: str) -> str:
         """What an intent is called; nothing where there is none of that digest here."""
@@ -108,8 +112,10 @@ class Runs:
             return ""
         return Intent.model_validate_json(data).proposal.title
 
-    async def _card(self, events: Iterable[Event]) -> Card | None:
-        logged = [event.body for event in events if event.type is EventType.INTENT]
+    async def _card(self, events: Iterable[Event], wanted: str | None = None) -> Card | None:
+        """Of the last intent, or of the one that is wanted."""
+        bodies = [event.body for event in events if event.type is EventType.INTENT]
+        logged = [body for body in bodies if wanted in (None, body["digest"])]
         if not logged:
             return None
         digest = str(logged[-1]["digest"])
