@@ -6,15 +6,20 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import Connection
 
 from activities.connectors.base import Applied, Work
 from activities.connectors.null import Null
 from activities.services.actor import Actor
 from activities.services.beliefs import Beliefs
+from activities.services.database import Database
+from activities.services.ledger_store import entries_in
 from models.beliefs import Change
 from models.errors import ConnectorUnavailable, PreconditionLost
+from models.ledger import act_stream
 from models.loop import Guarantee
 from models.orders import Effect, Effected
 from scripts.chaos.bound import AGENT, NOW, TENANT, World
@@ -29,6 +34,8 @@ class Slow(Null):
     def __init__(self, folder: Path, guarantee: Guarantee) -> None:
         super().__init__(folder, lambda: NOW)
         self.guarantee = guarantee
+        self.sent = 0
+        self.after_apply: Step | None = None
         self.before_find: Step | None = None
         self.before_apply: Step | None = None
 
@@ -43,7 +50,12 @@ class Slow(Null):
         if (step := self.before_apply) is not None:
             self.before_apply = None
             await step()
-        return await super().apply(key, work, expected, deadline)
+        self.sent += 1
+        applied = await super().apply(key, work, expected, deadline)
+        if (step := self.after_apply) is not None:
+            self.after_apply = None
+            await step()
+        return applied
 
 
 class Clock:
@@ -134,3 +146,49 @@ async def test_asked_again_an_action_whose_grounds_have_changed_is_to_be_thought
     await Beliefs(world.database, clock).change(change)
     heard = [await actor(world, target, clock).apply(bound.order) for _ in range(2)]
     assert [(one.what, one.rethink) for one in heard] == [(Effected.DRIFTED, True)] * 2
+
+
+@pytest.mark.parametrize("step", ["apply", "settle"])
+async def test_an_effect_that_a_restored_database_knows_nothing_of_is_found_and_not_done_again(
+    world: World, step: str
+) -> None:
+    clock, target = Clock(), Slow(world.folder, Guarantee.ASKED)
+    bound = await world.bind("restored")
+    older = world.folder.parent / "older.db"
+    await world.database.read(lambda link: _driver(link).execute("VACUUM INTO ?", (str(older),)) and None)
+    target.after_apply = fails
+    with pytest.raises(ConnectorUnavailable, match="no answer"):
+        await actor(world, target, clock).apply(bound.order)
+    await asyncio.to_thread(world.database.close)
+    world.database = Database(f"sqlite:///{older}")
+    again = actor(world, target, clock)
+    effect = await (again.apply if step == "apply" else again.settle)(bound.order)
+    assert (effect.what, target.sent, world.effects()) == (Effected.APPLIED, 1, 1)
+    assert await acted(world, bound.order.workflow_id) == ["apply", "receipt"]
+
+
+@pytest.mark.parametrize("guarantee", list(Guarantee))
+async def test_a_receipt_is_kept_where_the_database_lost_the_reservation_meanwhile(
+    world: World, guarantee: Guarantee
+) -> None:
+    clock, target = Clock(), Slow(world.folder, guarantee)
+    bound = await world.bind("lost")
+
+    async def lose() -> None:
+        await world.run("DELETE FROM effect")
+
+    target.after_apply = lose
+    effect = await actor(world, target, clock).apply(bound.order)
+    assert (effect.what, target.sent, world.effects()) == (Effected.APPLIED, 1, 1)
+    assert (await actor(world, target, clock).apply(bound.order)).what is Effected.APPLIED
+    assert (target.sent, await acted(world, bound.order.workflow_id)) == (1, ["apply", "receipt"])
+
+
+async def acted(world: World, run: str) -> list[str]:
+    found = await world.database.read(lambda link: entries_in(link, TENANT, act_stream(run)))
+    return [entry.type.value for entry in found]
+
+
+def _driver(link: Connection) -> Any:
+    """The driver's connection, outside any transaction."""
+    return link.connection.driver_connection

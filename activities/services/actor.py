@@ -22,6 +22,7 @@ from activities.services.jobs import (
     ended,
     held,
     intent_of,
+    may_be_there,
     receipt_of,
     too_early,
     wait_for_clock,
@@ -293,19 +294,18 @@ class Actor:
     async def _find_out(self, job: Job) -> Effect:
         if job.hold is not None and job.hold.turn not in (Turn.WAIT, Turn.ASK):
             return await self._truth(job, job.hold)
-        if job.hold is not None and (found := await self._found(job)) is not None:
+        if (found := await self._found(job)) is not None:
             return await self._confirmed(job, found)
         await self._close_alone(job, Held.CLOSED, job.barred or "no attempt was made, or none arrived")
         return Effect(what=Effected.ABSENT)
 
     async def _found(self, job: Job) -> Applied | None:
-        """What an earlier attempt left at the target, if this is not the first one."""
-        hold = held(job)
-        if hold.turn not in (Turn.ASK, Turn.WAIT):
+        """What an earlier attempt left at the target, if there may have been one."""
+        if not may_be_there(job):
             return None
         found = await job.connector.find(job.who.key, job.work)
-        if found is None and hold.turn is Turn.WAIT:
-            raise too_early(hold.until, self._clock())
+        if found is None and job.hold is not None and job.hold.turn is Turn.WAIT:
+            raise too_early(job.hold.until, self._clock())
         return found
 
     async def _send(self, job: Job) -> Applied:

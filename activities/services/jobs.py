@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from activities.connectors.base import Applied, Connector, Work
 from activities.services.reservations import Claimant, Hold, Turn
 from models.errors import ConnectorUnavailable, InvalidInput
-from models.loop import Intent, Plan, Receipt
+from models.loop import Guarantee, Intent, Plan, Receipt
 from models.orders import Effect, Effected, EffectOrder
 
 CLOCK_SKEW = timedelta(minutes=1)
@@ -76,6 +76,18 @@ def ended(job: Job) -> Effect | None:
             return Effect(what=Effected.IN_DOUBT, reason="it cannot be known whether it happened")
         case _:
             return None
+
+
+def may_be_there(job: Job) -> bool:
+    """Whether the target is asked for the key before anything is sent, or said of it.
+
+    A database that took over from another, or was restored, may lack the latest reservations. A target that
+    refuses a second use needs no question before it is sent to.
+    """
+    if job.hold is None:
+        return job.who.guarantee is not Guarantee.BLIND
+    first = job.hold.turn is Turn.SEND and job.who.guarantee is Guarantee.ASKED
+    return first or job.hold.turn in (Turn.ASK, Turn.WAIT)
 
 
 def held(job: Job) -> Hold:

@@ -121,16 +121,16 @@ def confirm(link: Connection, who: Claimant, receipt: Receipt, now: datetime) ->
     # Before the key's row, as everywhere: locked the other way round they may deadlock.
     hold_in(link, who.tenant)
     plain = receipt.model_dump(mode="json")
-    changed = link.execute(
-        update(EFFECT)
-        .where(_is(who), EFFECT.c.state.in_((Held.RESERVED, Held.DOUBT)))
-        .values(state=Held.CONFIRMED, result=json.dumps(withheld(link, who.tenant, plain)))
-    )
-    if changed.rowcount == 0:
-        row = _row(link, who)
-        if row is not None and row.result is not None:
+    row = _row(link, who)
+    if row is None:
+        # The database that it was reserved in is not this one any more, and yet it happened.
+        _take(link, who, now, epoch=1, turn=Turn.ASK)
+    elif row.state not in (Held.RESERVED, Held.DOUBT):
+        if row.result is not None:
             return Receipt.model_validate_json(row.result)
         raise LookupError(f"action {who.key} was closed before its effect was confirmed")
+    result = json.dumps(withheld(link, who.tenant, plain))
+    link.execute(update(EFFECT).where(_is(who)).values(state=Held.CONFIRMED, result=result))
     _log(link, who, now, EventType.RECEIPT, who.event, plain)
     return receipt
 
