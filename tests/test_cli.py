@@ -151,6 +151,7 @@ def test_agents_are_listed_with_what_policy_lets_them_do(tmp_path: Path) -> None
     found = {one["agent"]: one for one in json.loads(run(offline(tmp_path), "agents", "--json").stdout)}
     assert set(found) >= {"content", "external"}
     assert found["content"]["policy"]["connectors"] == ["null", "site"]
+    assert found["stub"]["summary"].startswith("There is no such agent")
 
 
 async def test_the_same_file_finds_the_run_and_later_its_outcome(stack: Stack) -> None:

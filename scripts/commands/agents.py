@@ -10,6 +10,8 @@ from models.settings import Settings
 from scripts.commands.session import Json, console, said
 from workers import config, registry
 
+UNKNOWN = "There is no such agent: correct the name under [policy.agents], or add it"
+
 
 def agents(as_json: Json = False) -> None:
     """List the agents that were found, and what policy lets them do."""
@@ -24,16 +26,14 @@ def agents(as_json: Json = False) -> None:
 
 
 def listed(settings: Settings) -> list[dict[str, Any]]:
-    """Every agent with its policy; without one it may do nothing."""
+    """Every agent with its policy, without which it may do nothing, and every policy of an agent there is not."""
+    found = {agent.SPEC.name: agent.SPEC.summary for agent in registry.agents()}
+    unknown = {name: UNKNOWN for name in sorted(settings.policy.agents.keys() - found)}
     rows: list[dict[str, Any]] = []
-    for agent in registry.agents():
-        policy = settings.policy.agents.get(agent.SPEC.name)
+    for name, summary in (found | unknown).items():
+        policy = settings.policy.agents.get(name)
         rows.append(
-            {
-                "agent": agent.SPEC.name,
-                "summary": agent.SPEC.summary,
-                "policy": policy.model_dump(mode="json") if policy else None,
-            }
+            {"agent": name, "summary": summary, "policy": policy.model_dump(mode="json") if policy else None}
         )
     return rows
 
