@@ -26,7 +26,7 @@ def agents(as_json: Json = False) -> None:
 
 
 def listed(settings: Settings) -> list[dict[str, Any]]:
-    """Every agent with its policy, without which it may do nothing, and every policy of an agent there is not."""
+    """Every agent with its policy, without which it may do nothing, and policies of agents there are not."""
     found = {agent.SPEC.name: agent.SPEC.summary for agent in registry.agents()}
     unknown = {name: UNKNOWN for name in sorted(settings.policy.agents.keys() - found)}
     rows: list[dict[str, Any]] = []
