@@ -13,10 +13,15 @@ from sqlalchemy.exc import OperationalError
 
 from activities.connectors.base import Work
 from activities.connectors.null import Null
+from activities.services.content import ContentStore
 from activities.services.database import Database
+from activities.services.erasure import Erasure
 from activities.services.ledger_store import LedgerStore
+from activities.services.vault import load_keys
 from activities.services.witness_state import EVIDENCE, Seen, State
+from models.errors import MemoryUnavailable
 from models.ledger import Draft, EventType
+from models.settings import EncryptionSettings
 
 NOW = datetime(2026, 5, 1, tzinfo=UTC)
 KEY = f"{'a' * 64}.0"
@@ -53,6 +58,27 @@ def test_evidence_that_finds_no_room_is_kept_whole_when_it_is_shown_again(tmp_pa
     kept = [path.read_text() for path in (tmp_path / EVIDENCE).glob("*.txt")]
     assert kept == ["a note\n" * 100 + "\nanother note\n"]
     state.close()
+
+
+def test_a_key_that_finds_no_room_is_not_there_by_half(tmp_path: Path) -> None:
+    settings = EncryptionSettings(enabled=True)
+    with room_for(10), pytest.raises(OSError):
+        load_keys(settings, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    load_keys(settings, tmp_path)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 1
+
+
+async def test_an_erasure_that_finds_no_room_says_so_and_is_ended_once_there_is(
+    database: Database, tmp_path: Path
+) -> None:
+    content, erasure = ContentStore(database), Erasure(database, lambda: NOW)
+    await content.put("default", b"mine", subject="ann")
+    await content.put("default", b"others" * 100_000)
+    await database.read(lambda link: link.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").all())
+    with room_for(300_000), pytest.raises(MemoryUnavailable, match="make room"):
+        await erasure.forget("default", "ann", "ops")
+    assert sum((await erasure.forget("default", "ann", "ops")).left.values()) == 0
 
 
 async def test_what_was_logged_before_the_disk_was_full_stands_and_the_log_goes_on_after(

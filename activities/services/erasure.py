@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
-from sqlite3 import OperationalError
 from typing import Any, Protocol
 
 from sqlalchemy import ColumnElement, Connection, delete, func, or_, select, update
@@ -242,6 +242,9 @@ class Erasure:
         """Rewrite the file, so that deleted bytes stand neither in free pages nor in the write-ahead log.
 
         False: somebody reads an old state of it, for which SQLite keeps the log.
+
+        Raises:
+            MemoryUnavailable: there is no room for it.
         """
         if place.engine.dialect.name != "sqlite":
             return True
@@ -253,7 +256,11 @@ class Erasure:
             # Of the three numbers it answers with, the first says whether it was kept from doing all.
             cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             return cursor.fetchall()[0][0] == 0
-        except OperationalError:
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+                raise MemoryUnavailable(
+                    "erasure: the database's disk has no room for a second copy of it; make room, erase again"
+                ) from None
             return False
         finally:
             cursor.close()

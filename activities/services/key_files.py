@@ -20,7 +20,10 @@ def private_key(path: Path) -> Ed25519PrivateKey:
         InvalidInput: others may read it, or it is no Ed25519 key.
     """
     if not path.exists():
-        _make_key(path)
+        pem = Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        put_key(path, pem)
     if path.stat().st_mode & 0o077:
         raise InvalidInput.field("key", str(path), "others can read it; make a new one, or chmod 600 it")
     private = serialization.load_pem_private_key(path.read_bytes(), password=None)
@@ -29,17 +32,14 @@ def private_key(path: Path) -> Ed25519PrivateKey:
     return private
 
 
-def _make_key(path: Path) -> None:
+def put_key(path: Path, secret: bytes) -> None:
     """Made aside and linked into place: of several processes, one wins, the others use its key."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    pem = Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
     aside = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(pem)
+            file.write(secret)
             file.flush()
             os.fsync(file.fileno())
         with suppress(FileExistsError):

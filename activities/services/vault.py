@@ -9,7 +9,6 @@ from __future__ import annotations
 import hmac
 import os
 import stat
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Connection, Row, func, select
 
 from activities.services.database import insert_for
-from activities.services.key_files import sync_folder
+from activities.services.key_files import put_key
 from models.errors import InvalidInput, KeyDestroyed, KeyMissing, LedgerBroken
 from models.settings import EncryptionSettings
 from models.tables import SubjectKey, table
@@ -108,20 +107,7 @@ def load_keys(settings: EncryptionSettings, data: Path) -> Keys | None:
 def _make(path: Path, key_id: str, data: Path) -> None:
     if not path.is_relative_to(data.resolve()):
         raise missing(key_id)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(os.urandom(KEY_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        # Of processes that start together the first one's key counts, and is whole when it appears.
-        os.link(draft, path)
-    except FileExistsError:
-        pass
-    finally:
-        draft.unlink()
-    sync_folder(path.parent)
+    put_key(path, os.urandom(KEY_BYTES))
 
 
 def _read(path: Path) -> bytes:
