@@ -28,6 +28,10 @@ class DataClass(StrEnum):
     PERSONAL = "personal"
 
 
+OPEN = (DataClass.PUBLIC, DataClass.INTERNAL)
+"""What a model server may see of which nothing is said."""
+
+
 class Ending(StrEnum):
     """How one attempt at one model ended, the same words for every kind of server."""
 

@@ -21,6 +21,9 @@ from models.canonical import Digest, derived_id, sha256
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_.\-]{0,62}$")]
 """A tenant, agent, connector or operation."""
+WEB = r"^https?://[^/\s]\S*$"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+"""Hosts that are this machine."""
 
 Amount = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,12}(\.[0-9]{1,8})?$")]
 """A decimal number as a string; its unit stands beside it."""

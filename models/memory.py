@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, AwareDatetime, Field, SecretStr, StringConstraints, model_validator
 
 from models.canonical import Digest, derived_id
 from models.errors import InvalidInput
-from models.inference import DataClass
-from models.loop import Frozen, Name, Ref
+from models.inference import OPEN, DataClass
+from models.loop import LOCAL, WEB, Frozen, Name, Ref
 
 Line = Annotated[str, StringConstraints(pattern=r"^[^\x00]*$")]
 """Text that every database can keep: PostgreSQL refuses NUL."""
@@ -260,3 +261,46 @@ class Recalled(Frozen):
     hits: tuple[Hit, ...] = ()
     degraded: str = ""
     query_digest: Digest | None = None
+
+
+class EmbeddingSettings(Frozen):
+    """The embedding server."""
+
+    kind: Literal["llama_cpp", "tei", "openai_compatible"] = "llama_cpp"
+    url: str = Field(default="http://127.0.0.1:8091", pattern=WEB)
+    model: str = "sentence-transformers/all-MiniLM-L6-v2:53aa5117"
+    """The identity its server must report, for TEI with `@` and its revision if that is to be fixed too;
+    vectors of different models never mix."""
+    token: SecretStr | None = None
+    managed: bool = True
+    dimensions: int = Field(default=384, ge=1)
+    region: str | None = None
+    """Where it stands; processes of a region show texts to no server that stands elsewhere."""
+    data_classes: tuple[DataClass, ...] | None = None
+    """What it may see; left out, everything where its address is this machine, else as much as a tier."""
+    connect_seconds: int = Field(default=5, ge=1)
+    timeout_seconds: int = Field(default=30, ge=1)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on this machine."""
+        return urlsplit(self.url).hostname in LOCAL
+
+    @property
+    def sees(self) -> frozenset[DataClass]:
+        """The data classes that it may be shown."""
+        if self.data_classes is not None:
+            return frozenset(self.data_classes)
+        return frozenset(DataClass if self.is_here else OPEN)
+
+
+class WeaviateSettings(Frozen):
+    """A Weaviate that searches vectors instead of the exact scan; SQL stays the truth."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8079, ge=1, le=65535)
+    grpc_host: str = ""
+    """Empty is the same host."""
+    grpc_port: int = Field(default=8080, ge=1, le=65535)
+    secure: bool = False
+    api_key: SecretStr | None = None

@@ -13,15 +13,14 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from models.budget import Budget, same_scope
 from models.channels import ChannelSettings, DeskSettings, mistake
 from models.cosigners import CosignerSettings
-from models.inference import DataClass
+from models.inference import OPEN, DataClass
 from models.knowledge import PrewarmSettings
-from models.loop import Assurance, Frozen, Name
+from models.loop import WEB, Assurance, Frozen, Name
+from models.memory import EmbeddingSettings, WeaviateSettings
 from models.orders import Pace
 from models.people import SECURITY_KEYS, Everybody, Person, PersonId
 from models.policy import POLICY_AGENT, Policy
 from models.telemetry import TelemetrySettings
-
-WEB = r"^https?://[^/\s]\S*$"
 
 
 def _refused(remedy: str) -> PydanticCustomError:
@@ -59,7 +58,7 @@ class TierSettings(Frozen):
     cache_salt: SecretStr | None = None
     """Keeps the server's prefix caches of groups apart, where it takes a salt (vLLM)."""
     region: str | None = None
-    data_classes: tuple[DataClass, ...] = (DataClass.PUBLIC, DataClass.INTERNAL)
+    data_classes: tuple[DataClass, ...] = OPEN
     context_tokens: int = Field(default=4096, ge=64)
     structured: bool = True
     connect_seconds: int = Field(default=5, ge=1)
@@ -103,33 +102,6 @@ class TierSettings(Frozen):
         if value is None and info.data.get("price_per_million_input") is not None:
             raise _refused('a price without a currency is no price; set currency, for instance "EUR"')
         return value
-
-
-class EmbeddingSettings(Frozen):
-    """The embedding server."""
-
-    kind: Literal["llama_cpp", "tei", "openai_compatible"] = "llama_cpp"
-    url: str = Field(default="http://127.0.0.1:8091", pattern=WEB)
-    model: str = "sentence-transformers/all-MiniLM-L6-v2:53aa5117"
-    """The identity its server must report, for TEI with `@` and its revision if that is to be fixed too;
-    vectors of different models never mix."""
-    token: SecretStr | None = None
-    managed: bool = True
-    dimensions: int = Field(default=384, ge=1)
-    connect_seconds: int = Field(default=5, ge=1)
-    timeout_seconds: int = Field(default=30, ge=1)
-
-
-class WeaviateSettings(Frozen):
-    """A Weaviate that searches vectors instead of the exact scan; SQL stays the truth."""
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=8079, ge=1, le=65535)
-    grpc_host: str = ""
-    """Empty is the same host."""
-    grpc_port: int = Field(default=8080, ge=1, le=65535)
-    secure: bool = False
-    api_key: SecretStr | None = None
 
 
 class SiteSettings(Frozen):
@@ -286,6 +258,20 @@ class RegionSettings(Frozen):
         return EncryptionSettings(enabled=True, keys=self.keys, current=self.current, server=self.server)
 
 
+def _shared(regions: dict[Name, RegionSettings]) -> str | None:
+    """What would be two regions' own: a tenant, a key, a database."""
+    taken = set[tuple[str, str]]()
+    for region in regions.values():
+        own = {("tenant", name) for name in region.tenants} | {("key", str(key.file)) for key in region.keys}
+        own |= {("database", region.database)} if region.database else set[tuple[str, str]]()
+        if both := taken & own:
+            kind, name = min(both)
+            # A URL may hold a password.
+            return kind if kind == "database" else f"{kind} {name}"
+        taken |= own
+    return None
+
+
 class ScheduleSettings(Frozen):
     """One Temporal schedule."""
 
@@ -410,6 +396,8 @@ class Settings(Frozen):
     ) -> dict[Name, RegionSettings]:
         kept: EncryptionSettings = info.data.get("encryption", EncryptionSettings())
         taken = {key.file for key in kept.keys} if kept.enabled else set[Path]()
+        if (shared := _shared(regions)) is not None:
+            raise _refused(f"two regions name the same {shared}; name it under one, give the other its own")
         for name, region in regions.items():
             if region.database and region.database == info.data.get("database"):
                 raise _refused(f"region {name} names the centre's database; give it one of its own")
@@ -423,6 +411,13 @@ class Settings(Frozen):
         if region is not None and "regions" in info.data and region not in info.data["regions"]:
             raise _refused("there is no such region; add [regions.NAME], or leave it out for the centre")
         return region
+
+    @property
+    def embedding_server(self) -> EmbeddingSettings | None:
+        """The embedding server that this process may show texts to: in a region, one that stands there."""
+        server = self.embeddings
+        away = server is not None and self.region is not None and not server.is_here
+        return None if server is None or (away and server.region != self.region) else server
 
     @property
     def database_url(self) -> str:

@@ -21,7 +21,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from models.errors import InvalidInput
-from models.settings import EmbeddingSettings, Settings, TierSettings
+from models.loop import LOCAL
+from models.memory import EmbeddingSettings
+from models.settings import Settings, TierSettings
 from scripts.supervisor import Child, NotReady, Report, Supervisor
 from temporal import dev_server
 from temporal.client import connect
@@ -30,7 +32,6 @@ from workers import config
 
 TEMPORAL = "temporal"
 CODEC = "codec"
-LOCAL = ("127.0.0.1", "localhost", "::1")
 POLL_SECONDS = 0.05
 MODEL_TIMEOUT = 180.0
 """The first start converts the embedding weights."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from models.settings import WeaviateSettings
+from models.memory import WeaviateSettings
 
 ROOT = Path(__file__).parents[1]
 BINARY = ROOT / "var" / "bin" / "weaviate-server"

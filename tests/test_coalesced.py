@@ -6,12 +6,14 @@ import pytest
 
 from activities.tiers.coalesced import Coalesced
 from models.errors import InvalidInput, MemoryUnavailable
+from models.inference import DataClass
 
 
 class Server:
     """Counts requests; holds each until it is let go."""
 
     model = "m"
+    sees = frozenset(DataClass)
 
     def __init__(self) -> None:
         self.requests: list[list[str]] = []

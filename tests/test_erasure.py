@@ -26,6 +26,7 @@ from activities.services.vault import Keys
 from activities.services.vectors import ExactVectors
 from models.beliefs import Change
 from models.errors import InvalidInput, KeyDestroyed, MemoryUnavailable, UnknownName
+from models.inference import DataClass
 from models.ledger import Draft, EventType
 from models.memory import Cause, Kept, Memo, Recall, Search
 from models.settings import Settings
@@ -40,6 +41,7 @@ SECRETS = ("Zanzibar", "quetzal", ANN)
 
 class Hashed:
     model = "hashed"
+    sees = frozenset(DataClass)
 
     async def embed(self, texts):
         seeds = [int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) for text in texts]

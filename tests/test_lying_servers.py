@@ -15,7 +15,8 @@ from activities.tiers.schema import holds
 from activities.tiers.wire import http_client
 from models.errors import CredentialsRejected, MemoryUnavailable, RateLimited, TierUnavailable
 from models.inference import Ending, Message, Prompt, attempt_of
-from models.settings import EmbeddingSettings, TierSettings
+from models.memory import EmbeddingSettings
+from models.settings import TierSettings
 
 ANSWER = "The door code is 4711."
 ASKED = Prompt(messages=(Message(role="user", content="What is the code?"),), max_tokens=32)

@@ -46,6 +46,7 @@ class Hashed:
     """Same text, same vector; counts calls; can be away, and refuses what it is told to."""
 
     model = "hashed"
+    sees = frozenset(DataClass)
 
     def __init__(self) -> None:
         self.away = False

@@ -22,8 +22,9 @@ from activities.tiers.scripted import Scripted
 from models.errors import InvalidInput, MemoryUnavailable
 from models.inference import Call, Completion, DataClass, Grant, Message, Prompt, Task, Weigh
 from models.ledger import EventType
+from models.memory import EmbeddingSettings
 from models.orders import RouteOrder
-from models.settings import EmbeddingSettings, Settings, TaskSettings, TierSettings
+from models.settings import Settings, TaskSettings, TierSettings
 from models.similar import MOST_COMPARED, explores
 from models.visibility import Role
 from scripts.commands.route import explained, show
@@ -58,6 +59,7 @@ class Lying:
     """Says that texts with the same topic in them lie close together, whatever else they say."""
 
     model = "lying:1"
+    sees = frozenset(DataClass)
 
     def __init__(self):
         self.asked, self.away = [], False
@@ -235,6 +237,15 @@ async def test_a_region_s_texts_are_not_even_placed(database):
     await desk.compare(4, region="eu")
     assert desk.embedder.asked == []
     assert await count(database, SIMILAR) == 0
+
+
+async def test_texts_that_the_embedding_server_may_not_see_are_not_even_placed(database):
+    desk = Desk(database)
+    desk.embedder.sees = frozenset({DataClass.PUBLIC})
+    await desk.compare(4)
+    assert desk.embedder.asked == []
+    await desk.compare(4, data_class=DataClass.PUBLIC)
+    assert desk.embedder.asked
 
 
 @pytest.mark.parametrize(

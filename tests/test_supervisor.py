@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from models.errors import InvalidInput
-from models.settings import EmbeddingSettings, Settings, SiteSettings, TemporalSettings, TierSettings
+from models.memory import EmbeddingSettings
+from models.settings import Settings, SiteSettings, TemporalSettings, TierSettings
 from scripts import stack as stacks
 from scripts.supervisor import Backoff, Child, Note, NotReady, Phase, Supervisor, tail
 

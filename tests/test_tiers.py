@@ -26,7 +26,8 @@ from models.errors import (
     TierUnavailable,
 )
 from models.inference import Completion, Ending, Message, Prompt, attempt_of
-from models.settings import EmbeddingSettings, Settings, TierSettings
+from models.memory import EmbeddingSettings
+from models.settings import Settings, TierSettings
 from models.tokens import prompt_tokens, tokens_from_above
 from tests import tgi_stub
 from tests.model_servers import model_server

@@ -16,7 +16,7 @@ from activities.services import weights
 from activities.tiers.embeddings import Embeddings
 from activities.tiers.wire import CHAT_PATH, http_client
 from models.errors import InvalidInput, MemoryUnavailable
-from models.settings import EmbeddingSettings
+from models.memory import EmbeddingSettings
 from tests.model_servers import model_server
 from workers import model_server as server
 

@@ -295,7 +295,8 @@ class _Composer:
         for name, one in wanted.items():
             if name in tasks:
                 may_be_similar(tasks[name], one)
-        if not wanted:
+        # Calls of a region are left out.
+        if not wanted or self._settings.region is not None:
             return None
         embedder = await self._embedder()
         if embedder is None:
@@ -307,7 +308,7 @@ class _Composer:
         return Similar(self._database, self._content, cache, embedder, wanted, utc_now)
 
     async def _embedder(self) -> Embedder | None:
-        settings = self._settings.embeddings
+        settings = self._settings.embedding_server
         if self._parts.embedder is not None or settings is None:
             return self._parts.embedder
         client = await self._stack.enter_async_context(http_client(settings))

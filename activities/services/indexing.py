@@ -17,6 +17,7 @@ from activities.services.discreet import text_reader
 from activities.services.leases import Leases
 from activities.services.vectors import EMBEDDING, MEMORY
 from models.errors import Final
+from models.inference import DataClass
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,13 @@ class Pending:
 class Outbox:
     """Which records have no vector of one model yet."""
 
-    def __init__(self, model: str) -> None:
-        """Start from the first record; the floors then spare later queries what is known to be done."""
+    def __init__(self, model: str, sees: Iterable[DataClass]) -> None:
+        """Start from the first record; the floors then spare later queries what is known to be done.
+
+        Records of classes that the model may not see wait for nothing.
+        """
         self._model = model
+        self._sees = sorted(sees)
         self._floor = 0
         self._floors: dict[str, int] = {}
 
@@ -98,6 +103,7 @@ class Outbox:
         return (
             select(m.tenant, m.record_id, m.position, m.title, m.text_digest)
             .where(m.position > floor, m.forgotten_at.is_(None), m.standing != "expired", ~has.exists())
+            .where(m.data_class.in_(self._sees))
             .order_by(m.position)
         )
 

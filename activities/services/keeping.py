@@ -24,6 +24,7 @@ from activities.services.vectors import MEMORY, empty_vectors, next_position, to
 from activities.services.words import drop_words, put_words
 from models.canonical import sha256, subject_id
 from models.errors import Final, InvalidInput, KeyDestroyed, UnknownName
+from models.inference import DataClass
 from models.memory import (
     Cause,
     Keeping,
@@ -36,6 +37,7 @@ from models.memory import (
     first_standing,
     habits,
 )
+from models.privacy import raised
 from models.tables import NEVER, GivenText, MemorySupport, table
 
 SUPPORT = table(MemorySupport)
@@ -97,7 +99,9 @@ def take(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> Kee
         _end(connection, row.tenant, row.record_id, row.position)
         connection.execute(delete(MEMORY).where(*_mine(memo.tenant, memo.record_id)))
     standing = first_standing(memo)
-    connection.execute(insert(MEMORY).values(**_row(memo, event, standing, now) | sealed, position=position))
+    connection.execute(
+        insert(MEMORY).values(**_row(memo, text, event, standing, now) | sealed, position=position)
+    )
     put_words(connection, position, f"{memo.title}\n{text}", memo.tenant)
     return Keeping(what=Kept.KEPT, record_id=memo.record_id, standing=standing)
 
@@ -181,6 +185,13 @@ def forget(connection: Connection, tenant: str, record_id: str, now: datetime) -
     return True
 
 
+def reclass(connection: Connection, records: Iterable[tuple[str, str]], data_class: DataClass) -> None:
+    """Say of records, each by tenant and id, how far they may travel."""
+    for tenant, record_id in records:
+        mine = update(MEMORY).where(*_mine(tenant, record_id))
+        connection.execute(mine.values(data_class=data_class.value))
+
+
 def _is_over(row: Row[Any], now: datetime) -> bool:
     over = row.standing not in LASTING and row.expires_at <= to_micros(now)
     return over or row.standing == Standing.EXPIRED
@@ -247,7 +258,7 @@ def _stands(connection: Connection, memo: Memo) -> None:
         raise InvalidInput.field("event", memo.event, "no such event stands in the ledger; log it first")
 
 
-def _row(memo: Memo, event: str, standing: Standing, now: datetime) -> dict[str, Any]:
+def _row(memo: Memo, text: str, event: str, standing: Standing, now: datetime) -> dict[str, Any]:
     return dict(
         tenant=memo.tenant,
         record_id=memo.record_id,
@@ -256,7 +267,7 @@ def _row(memo: Memo, event: str, standing: Standing, now: datetime) -> dict[str,
         text_size=memo.text.size,
         media_type=memo.text.media_type,
         source=memo.source,
-        data_class=memo.data_class.value,
+        data_class=raised(memo.data_class, [memo.title, text]).value,
         recorded_at=to_micros(now),
         agent=memo.agent or "",
         source_event=event,

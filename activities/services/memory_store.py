@@ -7,19 +7,26 @@ What counts (see `keeping`) is decided by SQL in every answer, whatever an index
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
-from sqlalchemy import Connection, Select, select
+from sqlalchemy import Connection, select
 
 from activities.services import keeping
 from activities.services.content import ContentStore, put_blob
-from activities.services.database import Database, from_micros, insert_for, to_micros
-from activities.services.discreet import opened_rows
+from activities.services.database import Database, insert_for, to_micros
+from activities.services.finding import (
+    Plain,
+    by_text,
+    by_words,
+    conditions,
+    fused,
+    hit,
+    named,
+    word_cosine,
+    word_set,
+)
 from activities.services.indexing import Outbox, Pending, newest_position
 from activities.services.keeping import keep
 from activities.services.vectors import ALWAYS, MEMORY, Near, Vector, When, put_vectors, unit_vector
@@ -27,7 +34,6 @@ from activities.services.words import find_words
 from activities.tiers.base import Embedder
 from models.errors import InvalidInput, MemoryUnavailable, Unavailable
 from models.inference import DataClass
-from models.loop import Ref
 from models.memory import (
     NEAR_DUPLICATE,
     Cause,
@@ -35,27 +41,23 @@ from models.memory import (
     Keeping,
     Kept,
     Memo,
-    Origin,
     Recall,
     Recalled,
     Search,
     Standing,
 )
-from models.tables import NEVER, MergeProposal, table
+from models.privacy import raised
+from models.tables import MergeProposal, table
 
 __all__ = ["MemoryStore", "Vectors", "keep"]
 
-Plain = dict[str, Any]
 MERGE = table(MergeProposal)
 QUERY_BYTES = 16 * 1024
 EMBED_CHARACTERS = (2000, 500, 120)
 """How much of a text is embedded; the shorter ones serve when the model refuses it as too long."""
 REFUSED_LIMIT = 100
-WORD_SCAN = 5000
-"""Word search looks at the titles of this many newest records."""
-FUSION = 60
-"""Reciprocal rank fusion: a record scores 1 / (this + its rank) in each list, as in the paper of 2009."""
 FUSED_DEPTH, NEIGHBOURS = 50, 5
+UNSEEN = "the embedding server may not see the query; titles were searched by words"
 AWAY = "the embedding server is away; titles were searched by words"
 NO_MODEL = "no embedding server is configured; titles were searched by words"
 REFUSED = "the embedding model gave no usable vector for the query; titles were searched by words"
@@ -106,7 +108,7 @@ class MemoryStore:
         self._content = content
         self._embedder = embedder
         self._vectors = vectors
-        self._outbox = Outbox(embedder.model) if embedder else None
+        self._outbox = Outbox(embedder.model, embedder.sees) if embedder else None
         self._refused: set[tuple[str, str]] = set()
 
     async def keep(self, memo: Memo, now: datetime, cause: Cause | None = None) -> bool:
@@ -206,7 +208,8 @@ class MemoryStore:
         if embedder is None or outbox is None:
             return 0
         skip = frozenset(self._refused)
-        batch = await self._database.read(lambda connection: outbox.pending(connection, limit, skip))
+        found = await self._database.read(lambda connection: outbox.pending(connection, limit, skip))
+        batch = await self._shown_to(embedder, found)
         vectors = await self._embed_batch(embedder, batch)
         size = self._vectors.dimensions
         rows = [
@@ -216,7 +219,17 @@ class MemoryStore:
             await self._database.write(lambda connection: put_vectors(connection, embedder.model, rows))
             for tenant, record_id, vector in rows:
                 await self._propose_merges(embedder.model, tenant, record_id, vector)
-        return len(batch)
+        return len(found)
+
+    async def _shown_to(self, embedder: Embedder, batch: list[Pending]) -> list[Pending]:
+        """Those that it may see; of records kept before texts were looked at, that is found now."""
+        if DataClass.PERSONAL in embedder.sees:
+            return batch
+        held = [one for one in batch if raised(DataClass.INTERNAL, [one.words]) is DataClass.PERSONAL]
+        if held:
+            names = [(one.tenant, one.record_id) for one in held]
+            await self._database.write(lambda link: keeping.reclass(link, names, DataClass.PERSONAL))
+        return [one for one in batch if one not in held]
 
     async def _propose_merges(self, model: str, tenant: str, record_id: str, vector: Vector) -> None:
         """Ask people about records of the same scope that say nearly the same."""
@@ -245,6 +258,8 @@ class MemoryStore:
     async def _embedded(self, query: str) -> tuple[Vector | None, str]:
         if self._embedder is None:
             return None, NO_MODEL
+        if raised(DataClass.INTERNAL, [query]) not in self._embedder.sees:
+            return None, UNSEEN
         try:
             vectors = await _embed(self._embedder, [query[: EMBED_CHARACTERS[0]]])
             return unit_vector(vectors[0], self._vectors.dimensions), ""
@@ -256,7 +271,7 @@ class MemoryStore:
     async def _found(self, request: Recall, query: str) -> Recalled:
         when = self._when(request)
         if request.by is Search.WORDS:
-            hits = await self._database.read(lambda link: _by_text(link, request, query, when))
+            hits = await self._database.read(lambda link: by_text(link, request, query, when))
             return Recalled(hits=tuple(hits))
         vector, degraded = await self._embedded(query)
         if vector is not None:
@@ -265,9 +280,9 @@ class MemoryStore:
             except (MemoryUnavailable, InvalidInput) as error:
                 degraded = INDEX_AWAY if isinstance(error, MemoryUnavailable) else UNUSABLE
         if request.by is Search.HYBRID:
-            hits = await self._database.read(lambda link: _by_text(link, request, query, when))
+            hits = await self._database.read(lambda link: by_text(link, request, query, when))
         else:
-            hits = await self._database.read(lambda link: _by_words(link, request, query, when))
+            hits = await self._database.read(lambda link: by_words(link, request, query, when))
         return Recalled(hits=tuple(hits), degraded=degraded)
 
     def _when(self, request: Recall) -> When:
@@ -286,32 +301,34 @@ class MemoryStore:
     ) -> tuple[list[Hit], bool, bool]:
         embedder, outbox = cast(Embedder, self._embedder), cast(Outbox, self._outbox)
         hybrid = request.by is Search.HYBRID
+        # What the embedding server may not see has no vector: words alone find it.
+        worded_for = [one for one in DataClass if hybrid or one not in embedder.sees]
         depth = max(request.limit, FUSED_DEPTH) if hybrid else request.limit
         # The two need nothing of each other, and each mostly runs outside the interpreter.
         near, worded = await asyncio.gather(
             self._vectors.nearest(request.tenant, embedder.model, vector, request.kinds, depth, when),
-            self._worded(request, query, when, depth) if hybrid else _nothing(),
+            self._worded(request, query, when, depth, worded_for) if worded_for else _nothing(),
         )
         cosines = {one.record_id: one.cosine for one in near}
         order = fused(list(cosines), worded)[: request.limit]
 
         def read(connection: Connection) -> tuple[Mapping[str, Plain], bool]:
-            return _named(connection, request, when, order), outbox.waits(connection, request.tenant)
+            return named(connection, request, when, order), outbox.waits(connection, request.tenant)
 
         found, waits = await self._database.read(read)
-        asked = _word_set(query)
+        asked = word_set(query)
         hits = [
-            _hit(found[one], cosines.get(one) or _word_cosine(asked, _word_set(found[one]["title"])))
+            hit(found[one], cosines.get(one) or word_cosine(asked, word_set(found[one]["title"])))
             for one in order
             if one in found
         ]
         return hits, len(hits) == len(order), waits
 
-    async def _worded(self, request: Recall, query: str, when: When, depth: int) -> list[str]:
-        conditions = _conditions(request, when)
-        return await self._database.read(
-            lambda link: find_words(link, query, conditions, depth, request.tenant)
-        )
+    async def _worded(
+        self, request: Recall, query: str, when: When, depth: int, only: Sequence[DataClass]
+    ) -> list[str]:
+        wanted = [*conditions(request, when), MEMORY.c.data_class.in_(only)]
+        return await self._database.read(lambda link: find_words(link, query, wanted, depth, request.tenant))
 
     async def _embed_batch(self, embedder: Embedder, batch: list[Pending]) -> list[list[float]]:
         """One vector per record; empty for one that the model refuses even by itself and shortened."""
@@ -350,63 +367,6 @@ async def _embed(embedder: Embedder, texts: list[str]) -> list[list[float]]:
     return vectors
 
 
-def fused(*lists: Sequence[str]) -> list[str]:
-    """One order from several, by reciprocal ranks; equal ones as the first list has them."""
-    scores: dict[str, float] = {}
-    for ranked in lists:
-        for rank, record_id in enumerate(ranked, 1):
-            scores[record_id] = scores.get(record_id, 0.0) + 1 / (FUSION + rank)
-    return sorted(scores, key=lambda record_id: -scores[record_id])
-
-
-def _conditions(request: Recall, when: When) -> list[Any]:
-    """What SQL says about who counts; the same that the vectors' view says."""
-    m = MEMORY.c
-    conditions = [
-        m.tenant == request.tenant,
-        m.forgotten_at.is_(None),
-        m.expires_at > when.now,
-        m.active_at <= when.at,
-        m.valid_from <= when.at,
-        m.valid_to > when.at,
-    ]
-    if request.kinds:
-        conditions.append(m.kind.in_(request.kinds))
-    if request.agent is not None:
-        conditions.append(m.agent.in_(("", request.agent)))
-    return conditions
-
-
-def _counting(request: Recall, when: When) -> Select[Any]:
-    return select(MEMORY).where(*_conditions(request, when))
-
-
-def _named(connection: Connection, request: Recall, when: When, ids: Sequence[str]) -> dict[str, Plain]:
-    rows = opened_rows(
-        connection, request.tenant, _counting(request, when).where(MEMORY.c.record_id.in_(ids))
-    )
-    return {row["record_id"]: row for row in rows}
-
-
-def _by_text(connection: Connection, request: Recall, query: str, when: When) -> list[Hit]:
-    """By the index of words over whole texts."""
-    order = find_words(connection, query, _conditions(request, when), request.limit, request.tenant)
-    found, asked = _named(connection, request, when, order), _word_set(query)
-    return [_hit(found[one], _word_cosine(asked, _word_set(found[one]["title"]))) for one in order]
-
-
-def _by_words(connection: Connection, request: Recall, query: str, when: When) -> list[Hit]:
-    """Cosine of the sets of words in query and title, over the newest records; the same on every database."""
-    asked = _word_set(query)
-    order = (MEMORY.c.recorded_at.desc(), MEMORY.c.record_id)
-    newest = _counting(request, when).order_by(*order).limit(WORD_SCAN)
-    rows = opened_rows(connection, request.tenant, newest)
-    scored = ((_word_cosine(asked, _word_set(row["title"])), row) for row in rows)
-    # A stable sort keeps newer before older, and then the order of ids, among equals.
-    best = sorted((pair for pair in scored if pair[0] > 0), key=lambda pair: -pair[0])
-    return [_hit(row, cosine) for cosine, row in best[: request.limit]]
-
-
 def _merge(connection: Connection, tenant: str, record_id: str, close: Mapping[str, int], now: int) -> None:
     mine = select(MEMORY.c.agent, MEMORY.c.subject).where(MEMORY.c.tenant == tenant)
     scope = connection.execute(mine.where(MEMORY.c.record_id == record_id)).one()
@@ -423,28 +383,3 @@ def _merge(connection: Connection, tenant: str, record_id: str, close: Mapping[s
             tenant=tenant, first=first, second=second, proposed_at=now, cosine_permille=close[other]
         )
         connection.execute(kind(MERGE).values(**values).on_conflict_do_nothing())
-
-
-def _word_set(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text.casefold()))
-
-
-def _word_cosine(one: frozenset[str], other: frozenset[str]) -> float:
-    common = len(one & other)
-    return common / math.sqrt(len(one) * len(other)) if common else 0.0
-
-
-def _hit(row: Plain, cosine: float) -> Hit:
-    return Hit(
-        record_id=row["record_id"],
-        version=row["text_digest"],
-        kind=row["kind"],
-        title=row["title"],
-        text=Ref(digest=row["text_digest"], size=row["text_size"], media_type=row["media_type"]),
-        score_permille=round(1000 * cosine),
-        recorded_at=from_micros(row["recorded_at"]),
-        links=tuple(json.loads(row["links"])),
-        data_class=DataClass(row["data_class"]),
-        origin=Origin(row["origin"]),
-        expires_at=None if row["expires_at"] >= NEVER else from_micros(row["expires_at"]),
-    )

@@ -28,7 +28,7 @@ from activities.services.till import Try
 from activities.tiers.base import Embedder
 from models.canonical import derived_id, sha256, subject_id
 from models.errors import CountersignError
-from models.inference import Answered, DataClass, Likeness
+from models.inference import OPEN, Answered, Likeness
 from models.ledger import Draft, EventType, route_stream
 from models.settings import AS_IT_IS, TaskSettings
 from models.similar import (
@@ -52,7 +52,6 @@ MOST = 512
 """Entries that are looked at for one call; the newest count."""
 PATIENCE, REST = 2.0, timedelta(seconds=30)
 """Seconds a call waits for its vectors, and how long an embedding server that is away is left alone."""
-OPEN = frozenset({DataClass.PUBLIC, DataClass.INTERNAL})
 """What an embedding server may see, of which settings say no classes: as much as such a tier."""
 logger = logging.getLogger(__name__)
 
@@ -163,7 +162,7 @@ class Similar:
 
     def _permitted(self, tried: Try, scope: Scope) -> int | None:
         # A region's texts, and what they look like, stay with the region; this database is everybody's.
-        if scope.region is not None or scope.data_class not in OPEN:
+        if scope.region is not None or scope.data_class not in self._embedder.sees.intersection(OPEN):
             return None
         if not tried.question.task.read_only or not scope.model:
             return None

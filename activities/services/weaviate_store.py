@@ -36,7 +36,7 @@ from activities.services.leases import Leases
 from activities.services.vectors import ALWAYS, LITTLE, Near, Vector, When, unit_vector
 from models.canonical import derived_id, sha256
 from models.errors import LedgerConflict, MemoryUnavailable
-from models.settings import WeaviateSettings
+from models.memory import WeaviateSettings
 
 with warnings.catch_warnings():
     # It warns about its own dependencies when it is imported.

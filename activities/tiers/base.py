@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from models.inference import Completion, Prompt
+from models.inference import Completion, DataClass, Prompt
 
 
 class Endpoint(Protocol):
@@ -43,6 +43,11 @@ class Embedder(Protocol):
     @property
     def model(self) -> str:
         """Identity of model and revision; vectors of different models never mix."""
+        ...
+
+    @property
+    def sees(self) -> frozenset[DataClass]:
+        """The data classes that it may be shown; its callers see to it."""
         ...
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from activities.tiers.base import Embedder
 from models.errors import InvalidInput
+from models.inference import DataClass
 
 MOST, PAUSE = 32, 0.005
 """Texts in one request, and seconds that a text waits for others while one is under way."""
@@ -39,6 +40,11 @@ class Coalesced:
     def model(self) -> str:
         """Identity of model and revision."""
         return self._inner.model
+
+    @property
+    def sees(self) -> frozenset[DataClass]:
+        """The data classes that it may be shown."""
+        return self._inner.sees
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One unit vector per text, in order.

@@ -14,8 +14,8 @@ from activities.tiers.carrier import healthy
 from activities.tiers.stream import TooMuch, whole
 from activities.tiers.wire import READY_SECONDS, STATUSES, Said, json_or_none
 from models.errors import InvalidInput, MemoryUnavailable
-from models.inference import Attempt, Ending, TimeLimit
-from models.settings import EmbeddingSettings
+from models.inference import Attempt, DataClass, Ending, TimeLimit
+from models.memory import EmbeddingSettings
 
 PATH = "/v1/embeddings"
 BATCH = 32
@@ -43,6 +43,11 @@ class Embeddings:
     def model(self) -> str:
         """Identity of model and revision; the server must answer as this."""
         return self._settings.model
+
+    @property
+    def sees(self) -> frozenset[DataClass]:
+        """The data classes that it may be shown, as settings say."""
+        return self._settings.sees
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One unit vector per text, in order; a text longer than the model is the mean of its halves.

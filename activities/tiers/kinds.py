@@ -12,7 +12,8 @@ from activities.tiers.openai_compatible import OpenAICompatible
 from activities.tiers.tei import Tei
 from activities.tiers.tgi import Tgi, TgiGenerate
 from activities.tiers.wire import ChatEndpoint
-from models.settings import EmbeddingSettings, TierSettings
+from models.memory import EmbeddingSettings
+from models.settings import TierSettings
 
 CHAT: Mapping[tuple[str, str], type[ChatEndpoint]] = {
     ("llama_cpp", "chat"): LlamaCpp,

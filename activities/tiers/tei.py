@@ -9,7 +9,7 @@ from typing import Any, cast
 import httpx
 
 from activities.tiers.embeddings import Embeddings, unusable
-from models.settings import EmbeddingSettings
+from models.memory import EmbeddingSettings
 
 IDENTITY_SECONDS = 60.0
 

@@ -37,7 +37,8 @@ from models.errors import (
     TierUnavailable,
 )
 from models.inference import Attempt, Completion, Ending, Prompt, TimeLimit
-from models.settings import EmbeddingSettings, TierSettings
+from models.memory import EmbeddingSettings
+from models.settings import TierSettings
 
 CHAT_PATH = "/v1/chat/completions"
 LONGEST_NAME = 500

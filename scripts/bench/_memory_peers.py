@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 
-from models.settings import WeaviateSettings
+from models.memory import WeaviateSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"

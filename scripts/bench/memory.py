@@ -34,6 +34,7 @@ from activities.services.memory_store import MemoryStore
 from activities.services.migrations import migrate
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors, next_position
 from activities.services.words import put_words
+from models.inference import DataClass
 from models.memory import Memo, Recall, Search
 from scripts.bench import _memory_peers as peers
 from workers.compose import utc_now
@@ -54,6 +55,7 @@ class Known:
     """An embedder that costs nothing: the last word of a query is its number."""
 
     model = MODEL
+    sees = frozenset(DataClass)
 
     def __init__(self, queries: Matrix) -> None:
         """Take the vectors that the numbers stand for."""

@@ -30,6 +30,7 @@ from activities.services.content import ContentStore
 from activities.services.database import Database
 from activities.services.memory_store import MemoryStore
 from activities.services.vectors import EMBEDDING, MEMORY, ExactVectors
+from models.inference import DataClass
 from models.memory import Memo, Recall
 
 TENANT, OTHER, MODEL = "bench", "other", "bench-vectors"
@@ -51,6 +52,7 @@ class Known:
     """An embedder that costs nothing: the text of a query is its number."""
 
     model = MODEL
+    sees = frozenset(DataClass)
 
     def __init__(self, queries: NDArray[np.float32]) -> None:
         """Take the vectors that the numbers stand for."""

@@ -29,7 +29,7 @@ from activities.services.router import Answerer
 from activities.services.similar import Similar
 from activities.services.till import Till
 from activities.tiers.scripted import Scripted
-from models.inference import Answered, Call, Grant, Inputs, Message, Params, Prompt, Task, Weigh
+from models.inference import Answered, Call, DataClass, Grant, Inputs, Message, Params, Prompt, Task, Weigh
 from models.settings import TaskSettings, TierSettings
 from scripts.bench._paraphrases import Asked, Counted, Learnt, World, stream
 
@@ -112,6 +112,11 @@ class _Placed:
     def model(self) -> str:
         """Of no real model."""
         return "simulated:1"
+
+    @property
+    def sees(self) -> frozenset[DataClass]:
+        """Everything."""
+        return frozenset(DataClass)
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """Their places."""

@@ -35,8 +35,7 @@ from activities.services.migrations import migrate
 from activities.services.vectors import ExactVectors
 from activities.tiers.embeddings import Embeddings
 from activities.tiers.wire import http_client
-from models.memory import Memo, Recall, Search
-from models.settings import EmbeddingSettings
+from models.memory import EmbeddingSettings, Memo, Recall, Search
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = Path(__file__).with_name("story_questions.json")

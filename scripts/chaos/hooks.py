@@ -28,7 +28,7 @@ from activities.connectors.base import Applied, Connector, Dry, Work
 from activities.services.database import Database
 from activities.services.git import Git
 from activities.tiers.base import Embedder, Endpoint
-from models.inference import Completion, Prompt
+from models.inference import Completion, DataClass, Prompt
 from models.ledger import Append
 from models.loop import Guarantee
 from models.orders import EffectOrder
@@ -320,6 +320,11 @@ class WatchedEmbedder:
     def model(self) -> str:
         """Identity of the model."""
         return self._inner.model
+
+    @property
+    def sees(self) -> frozenset[DataClass]:
+        """The data classes that it may be shown."""
+        return self._inner.sees
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """Boundaries `embed.before` and `embed.after`."""

@@ -27,7 +27,7 @@ from temporalio.client import Client
 from activities.connectors.base import Connector
 from activities.connectors.git_site import GitSite
 from activities.tiers.scripted import Scripted
-from models.inference import Inputs, Message, Params, Prompt, Task
+from models.inference import DataClass, Inputs, Message, Params, Prompt, Task
 from models.loop import Guarantee
 from models.settings import Settings
 from models.visibility import Role
@@ -52,6 +52,7 @@ class Plain:
     """Gives every text the same vector; what is searched does not matter here."""
 
     model = "plain"
+    sees = frozenset(DataClass)
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One unit vector per text."""

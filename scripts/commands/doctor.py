@@ -28,7 +28,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from activities.services import weights
 from activities.services.migrations import state
 from models.errors import InvalidInput, Unavailable
-from models.settings import EmbeddingSettings, Settings, TierSettings
+from models.memory import EmbeddingSettings
+from models.settings import Settings, TierSettings
 from scripts import stack
 from scripts.commands.findings import Finding, Health
 from scripts.commands.keys import look_at_keys

@@ -186,10 +186,9 @@ async def _opened() -> AsyncGenerator[Parts]:
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(opened(settings))
         embedder, dimensions = None, DIMENSIONS_WITHOUT_MODEL
-        if settings.embeddings is not None:
-            client = await stack.enter_async_context(http_client(settings.embeddings))
-            embedder = embedding_adapter(settings.embeddings, client)
-            dimensions = settings.embeddings.dimensions
+        if (server := settings.embedding_server) is not None:
+            client = await stack.enter_async_context(http_client(server))
+            embedder, dimensions = embedding_adapter(server, client), server.dimensions
         index: Any = None
         if settings.weaviate is not None:
             from activities.services.weaviate_store import WeaviateVectors, connected

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from models.settings import EmbeddingSettings, Settings, SiteSettings, TierSettings
+from models.memory import EmbeddingSettings
+from models.settings import Settings, SiteSettings, TierSettings
 from scripts.stack import Port, is_taken, ports
 
 Part = TypeVar("Part", TierSettings, SiteSettings, EmbeddingSettings)

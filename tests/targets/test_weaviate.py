@@ -19,6 +19,7 @@ from activities.services.memory_store import INDEX_AWAY, MemoryStore
 from activities.services.vectors import EMBEDDING, MEMORY, empty_vectors, touch_vectors
 from activities.services.weaviate_store import WeaviateVectors, collection_name, connected
 from models.errors import MemoryUnavailable
+from models.inference import DataClass
 from models.memory import Memo, Recall
 from tests import real_weaviate
 
@@ -226,6 +227,7 @@ async def test_a_follower_that_was_stopped_brings_nothing_back_that_was_emptied_
 
 class Hashed:
     model = MODEL
+    sees = frozenset(DataClass)
 
     async def embed(self, texts):
         generator = [np.random.default_rng(len(text)).standard_normal(SIZE) for text in texts]
