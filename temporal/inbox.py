@@ -1,4 +1,8 @@
-"""What waits for a person, as Temporal's visibility has it."""
+"""What waits for a person, as Temporal's visibility has it, and the ledger.
+
+Whoever starts a run by hand gives it any search attributes and any memo: it is listed once the ledger has
+something that it put forward.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from models.visibility import MEMO_DIGEST, Attribute, State
 
 RISK = SearchAttributeKey.for_keyword(Attribute.RISK)
 STATE = SearchAttributeKey.for_keyword(Attribute.STATE)
-AGENT = SearchAttributeKey.for_keyword(Attribute.AGENT)
 SINCE = SearchAttributeKey.for_datetime(Attribute.WAITING_SINCE)
 
 
@@ -24,7 +27,11 @@ async def waiting(client: Client, runs: Runs, tenant: str) -> list[dict[str, Any
         f'{Attribute.STATE.value} IN ({states}) AND ExecutionStatus="Running" '
         f'AND {Attribute.TENANT.value}="{tenant}"'
     )
-    found = [await _row(runs, execution) async for execution in client.list_workflows(query)]
+    found = [
+        await _row(runs, execution)
+        async for execution in client.list_workflows(query)
+        if await runs.has_intent(execution.id)
+    ]
     return sorted(found, key=lambda row: str(row["waiting_since"]))
 
 
@@ -36,10 +43,10 @@ async def _row(runs: Runs, execution: WorkflowExecution) -> dict[str, Any]:
     digest = digest if isinstance(digest, str) else ""
     return {
         "workflow_id": execution.id,
-        "agent": attributes.get(AGENT) or execution.workflow_type,
+        "agent": execution.workflow_type,
         "risk": attributes.get(RISK) or "unknown",
         "for": "review" if attributes.get(STATE) == State.REVIEWING else "answer",
         "waiting_since": since.isoformat() if since else "",
-        "title": await runs.title(digest),
+        "title": await runs.title(execution.id, digest),
         "digest": digest,
     }

@@ -9,24 +9,27 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from temporalio.client import ActivityFailureError
-from temporalio.common import RetryPolicy
+from temporalio.client import ActivityFailureError, WorkflowFailureError
+from temporalio.common import RetryPolicy, SearchAttributeKey, SearchAttributePair, TypedSearchAttributes
 from temporalio.exceptions import ApplicationError
 
 from activities.actions import Actions
 from activities.connectors.null import UNTARGETED
 from activities.ledger import Ledger
 from activities.routing import Routing
+from activities.services.runs import Runs
 from models.gate import Kind
 from models.inference import Call
 from models.ledger import Append, Draft, EventType
 from models.loop import (
     Action,
     Guarantee,
+    Intent,
     Outcome,
     Plan,
     Proposal,
     Receipt,
+    Ref,
     Request,
     Reversibility,
     Status,
@@ -34,8 +37,9 @@ from models.loop import (
 )
 from models.orders import Admission, Conclusion, Effect, Effected, Fell, Planned, PlanOrder, RouteOrder
 from models.settings import TemporalSettings
-from models.visibility import Queue
+from models.visibility import MEMO_DIGEST, Attribute, Queue
 from temporal.client import Started
+from temporal.inbox import waiting
 from tests.conftest import a_key, note
 from tests.shared import LIMIT, Shared, odd, shared_stack
 
@@ -167,6 +171,44 @@ async def test_nothing_is_written_of_a_run_that_it_did_not_order(shared: Shared)
     assert (await shared.answer(run, Kind.REJECT, digest)).counted
 
 
+async def test_a_run_that_is_started_by_hand_with_another_s_marks_does_not_wait(shared: Shared) -> None:
+    run = await shared.propose(a_key(), note("waits"))
+    digest = await shared.digest(run)
+    marks = {Attribute.STATE: "waiting", Attribute.TENANT: "default", Attribute.AGENT: "external"}
+    phantom = await shared.client.start_workflow(
+        "external",
+        id=f"phantom-{a_key()}",
+        task_queue="nowhere",
+        memo={MEMO_DIGEST: digest},
+        search_attributes=TypedSearchAttributes(
+            [
+                SearchAttributePair(SearchAttributeKey.for_keyword(one.value), text)
+                for one, text in marks.items()
+            ]
+        ),
+    )
+    seen = f'WorkflowId IN ("{phantom.id}", "{run.workflow_id}") AND {Attribute.STATE.value}="waiting"'
+    async with asyncio.timeout(LIMIT):
+        while (await shared.client.count_workflows(seen)).count < 2:
+            await asyncio.sleep(0.01)
+    listed = await waiting(shared.client, Runs(shared.ledger, shared.content, "default"), "default")
+    titles = {row["workflow_id"]: row["title"] for row in listed}
+    assert phantom.id not in titles
+    assert titles[run.workflow_id] == (await _intent(shared, digest)).proposal.title
+    await phantom.terminate()
+    assert (await shared.answer(run, Kind.REJECT, digest)).counted
+
+
+async def test_a_workflow_id_that_would_write_over_a_terminal_is_refused(shared: Shared) -> None:
+    request = Request(agent="external", key=a_key(), body="{}")
+    run = await shared.client.start_workflow(
+        "external", request, id=f"{a_key()}\x1b[31m", task_queue=Queue.DECIDE, result_type=Outcome
+    )
+    with pytest.raises(WorkflowFailureError) as failed:
+        await run.result()
+    assert "has characters that are not seen" in str(failed.value.cause)
+
+
 @pytest.mark.parametrize("text", [b"no JSON", b"[]", b'"x"', b"\xff", b"[" * 100_000])
 async def test_a_dry_run_of_what_are_no_arguments_is_refused_at_once(shared: Shared, text: bytes) -> None:
     ref = await shared.content.put("default", text, "text/plain")
@@ -177,6 +219,10 @@ async def test_a_dry_run_of_what_are_no_arguments_is_refused_at_once(shared: Sha
         await _by_hand(shared, Actions.plan, order, Queue.ACT)
     assert isinstance(failed.value.cause, ApplicationError)
     assert "one JSON object" in failed.value.cause.message
+
+
+async def _intent(shared: Shared, digest: str) -> Intent:
+    return Intent.model_validate_json(await shared.content.get("default", Ref(digest=digest, size=0)))
 
 
 def _wish(run: Started, expected: int, kind: EventType, body: dict[str, Any]) -> Append:

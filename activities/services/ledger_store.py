@@ -23,7 +23,7 @@ from activities.services.regions import home_of
 from activities.services.residence import withheld_in
 from activities.services.statements import Insertion, Statement
 from models.errors import LedgerBroken
-from models.ledger import Append, Appended, Draft, Entry, Event
+from models.ledger import Append, Appended, Draft, Entry, Event, EventType
 from models.tables import EventRow, LogHead, MerkleNode, table
 
 EVENT = table(EventRow)
@@ -131,6 +131,12 @@ class LedgerStore:
     async def add(self, tenant: str, draft: Draft) -> None:
         """Append at the end of a stream, once per event id."""
         await self._database.write(lambda connection: add_in(connection, tenant, draft, self._clock()))
+
+    async def has(self, tenant: str, stream: str, kind: EventType) -> bool:
+        """Whether an event of a kind stands in a stream."""
+        wanted = (EVENT.c.log_id == tenant) & (EVENT.c.stream == stream) & (EVENT.c.type == str(kind))
+        query = select(EVENT.c.seq).where(wanted).limit(1)
+        return await self._database.read(lambda connection: connection.execute(query).first() is not None)
 
     async def of_run(self, tenant: str, workflow_id: str) -> tuple[Event, ...]:
         """Everything that happened in a run, in the order of the log."""

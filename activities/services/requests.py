@@ -16,6 +16,7 @@ from activities.services.ledger_store import append_in, entries_in
 from activities.services.memory_store import keep
 from activities.services.regions import home_of
 from activities.services.residence import withheld
+from models.card import visible
 from models.ledger import Append, Appended, Draft, Entry, EventType, event_id
 from models.loop import Intent, Outcome, Proposal, Ref, Request, body_digest
 from models.memory import Cause, Memo
@@ -129,6 +130,11 @@ def _admit(connection: Connection, admission: Admission, now: datetime, bar: str
     if (other := _other_request(connection, admission, body)) is not None:
         return _Start(body, refusal=other)
     if claim is None:
+        if visible(admission.workflow_id) != admission.workflow_id:
+            shown = visible(admission.workflow_id)[:80]
+            return _Start(
+                body, refusal=f"workflow id: {shown!r} has characters that are not seen; leave them out"
+            )
         if bar is not None:
             # Before the key is claimed, so that whoever may start it still can.
             return _Start(body, refusal=f"requester: {request.requester!r} may not start it: {bar}")

@@ -104,13 +104,18 @@ class Runs:
             card = await self._card(events, progress.broken[-1].digest)
         return Reading(run, _agent(events), state, progress, card)
 
-    async def title(self, digest: str) -> str:
-        """What an intent is called; nothing where there is none of that digest here."""
+    async def has_intent(self, run: str) -> bool:
+        """Whether it has put something forward."""
+        return await self._ledger.has(self._tenant, run, EventType.INTENT)
+
+    async def title(self, run: str, digest: str) -> str:
+        """What a run's intent is called; nothing where that digest names none of it here."""
         try:
             data = await self._blob(digest)
         except (InvalidInput, ValueError):
             return ""
-        return Intent.model_validate_json(data).proposal.title
+        intent = Intent.model_validate_json(data)
+        return intent.proposal.title if intent.workflow_id == run else ""
 
     async def _card(self, events: Iterable[Event], wanted: str | None = None) -> Card | None:
         """Of the last intent, or of the one that is wanted."""

@@ -29,7 +29,7 @@ def pending(as_json: Json = False) -> None:
         since = row["waiting_since"][:19].replace("T", " ")
         digest = row["digest"][:12] + "…"
         first = (row["workflow_id"], row["agent"], row["risk"], row["for"])
-        table.add_row(*first, since, visible(row["title"]), digest)
+        table.add_row(*map(visible, (*first, since, row["title"], digest)))
     table.columns[0].no_wrap = True
     out.print(table)
 
