@@ -202,9 +202,9 @@ def _still_sealed(payload: Payload) -> KeyMissing:
     return KeyMissing(f"payload: it does not open; {missing(key_of(payload)[:80])}")
 
 
-def codec_of(settings: EncryptionSettings, data: Path) -> SealingCodec | None:
-    """The codec that settings ask for; `None` with encryption off."""
-    keys = load_keys(settings, data)
+def codec_of(settings: EncryptionSettings, data: Path, url: str = "sqlite://") -> SealingCodec | None:
+    """The codec that settings ask for; `None` with encryption off. `url` as for `load_keys`."""
+    keys = load_keys(settings, data, url)
     return SealingCodec(keys) if keys is not None else None
 
 

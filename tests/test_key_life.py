@@ -34,7 +34,7 @@ from activities.services.ledger_store import LedgerStore
 from activities.services.notes import NoteKey, checkpoint_text, sign
 from activities.services.vault import load_keys
 from activities.services.verifier import Verifier
-from models.errors import LedgerBroken
+from models.errors import KeyMissing, LedgerBroken
 from models.ledger import EventType
 from models.people import Key, Person
 from models.settings import (
@@ -49,6 +49,7 @@ from scripts.cli import app
 from scripts.commands.doctor import Health
 from scripts.commands.keys import look_at_keys
 from temporal import dev_server
+from temporal.converter import codec_of
 from tests.conftest import a_key, free_port
 from tests.databases import migrated
 from tests.ledgers import NOW, TENANT, asked, fill
@@ -128,6 +129,21 @@ async def test_rewrapping_says_what_is_missing(place: Place) -> None:
     assert off.exit_code == 2 and "encryption.enabled" in off.output
     nobody = await place.run("vault", "rewrap", approver=None)
     assert nobody.exit_code == 2 and "--as" in nobody.output
+
+
+async def test_no_key_is_made_in_the_place_of_one_that_data_keys_are_under(place: Place) -> None:
+    file, url = place.folder / "keys" / "k1.key", place.settings.database_url
+    kept = file.read_bytes()
+    file.unlink()
+    with pytest.raises(KeyMissing, match="restore the file"):
+        codec_of(OLD, place.folder, url)
+    ended = await place.run("vault", "status")
+    assert ended.exit_code == 3 and "restore the file" in ended.stderr
+    assert "restore it" in (await place.health())["data keys"][1]
+    assert not file.exists()
+    file.write_bytes(kept)
+    file.chmod(0o600)
+    assert (await place.said("vault", "status"))["keys"] == {"k1": 4}
 
 
 async def exported(place: Place) -> tuple[list[str], Checkpoints]:
@@ -248,8 +264,9 @@ async def test_a_key_made_in_the_place_of_one_that_is_gone_signs_nothing(place: 
 async def test_no_command_makes_a_key_beside_notes_of_one_that_is_gone(place: Place, command: str) -> None:
     await exported(place)
     (place.folder / KEY_FILE).unlink()
-    ended = await place.run("ledger", command)
-    assert ended.exit_code == 2 and "restore it" in ended.stderr
+    for tenant in (TENANT, "another"):
+        ended = await place.run("ledger", command, tenant=tenant)
+        assert ended.exit_code == 2 and "restore it" in ended.stderr
     assert not (place.folder / KEY_FILE).exists()
 
 

@@ -37,7 +37,7 @@ async def run(settings: Settings, name: Role, parts: Parts | None = None) -> Non
 
             telemetry = await stack.enter_async_context(sending(settings.telemetry, name))
             parts = replace(parts, meter=telemetry.meter, tracer=telemetry.tracer)
-        codec = codec_of(settings.sealing, settings.data)
+        codec = codec_of(settings.sealing, settings.data, settings.region_url or settings.database_url)
         client = await connect(settings.temporal, codec, telemetry)
         await stack.enter_async_context(role(client, settings, name, parts))
         # What a worker is made of stays for good; nothing is won by looking through it again and again.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import ColumnElement, Table, create_engine, inspect, make_url, select
 
 from models.errors import InvalidInput
 
@@ -56,3 +57,20 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_used(url: str, rows: Table, *where: ColumnElement[bool]) -> bool:
+    """Whether a database has such rows, made with a key that may be gone; no database is made.
+
+    One that cannot be asked is an error: a key made then could be the wrong one.
+    """
+    parsed = make_url(url)
+    if parsed.drivername.startswith("sqlite") and not Path(parsed.database or "").exists():
+        return False
+    engine = create_engine(parsed)
+    try:
+        with engine.connect() as link:
+            query = select(rows).where(*where).limit(1)
+            return inspect(link).has_table(rows.name) and link.execute(query).first() is not None
+    finally:
+        engine.dispose()

@@ -24,7 +24,7 @@ NAMED = re.compile(r"sha256:[0-9a-f]{64}")
 @contextmanager
 def stores(settings: Settings, open_: Callable[[str], Database] = Database) -> Generator[Database]:
     """The database as this process uses it: in a region all content goes to the region's own instead."""
-    keys = load_keys(settings.sealing, settings.data)
+    keys = load_keys(settings.sealing, settings.data, settings.region_url or settings.database_url)
     with ExitStack() as stack:
         if settings.region is None or settings.region_url is None:
             database = guard(open_(settings.database_url), keys)

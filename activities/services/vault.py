@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import Connection, Row, func, select
 
 from activities.services.database import insert_for
-from activities.services.key_files import put_key
+from activities.services.key_files import is_used, put_key
 from models.errors import InvalidInput, KeyDestroyed, KeyMissing, LedgerBroken
 from models.settings import EncryptionSettings
 from models.tables import SubjectKey, table
@@ -82,14 +82,14 @@ def missing(key_id: str) -> KeyMissing:
     )
 
 
-def load_keys(settings: EncryptionSettings, data: Path) -> Keys | None:
+def load_keys(settings: EncryptionSettings, data: Path, url: str = "sqlite://") -> Keys | None:
     """The master keys that settings name; `None` with encryption off.
 
-    Only the current key's file is made when it is missing, and only under the data folder: a new key in the
-    place of an old one would open nothing.
+    Only the current key's file is made when it is missing, only under the data folder, and only if nothing in
+    the database at `url` is under it: a new key in the place of an old one would open nothing.
 
     Raises:
-        KeyMissing: the current key lies elsewhere and is not there.
+        KeyMissing: the current key lies elsewhere, or was used, and is not there.
         InvalidInput: a file holds something else, or others may read it.
     """
     if not settings.enabled:
@@ -98,6 +98,8 @@ def load_keys(settings: EncryptionSettings, data: Path) -> Keys | None:
     for key in settings.keys:
         path = (data / key.file).resolve()
         if key.id == settings.current and not path.exists():
+            if is_used(url, KEY, KEY.c.wrapped_by == key.id):
+                raise missing(key.id)
             _make(path, key.id, data)
         if path.exists():
             secrets[key.id] = _read(path)

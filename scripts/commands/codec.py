@@ -19,7 +19,7 @@ def codec() -> None:
 
 
 async def _serve(settings: Settings) -> None:
-    opener = codec_of(settings.sealing, settings.data)
+    opener = codec_of(settings.sealing, settings.data, settings.region_url or settings.database_url)
     if opener is None:
         raise InvalidInput.field("encryption.enabled", False, "set it to true; nothing is sealed without")
     wanted = settings.sealing.server

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, create_engine, make_url
+from sqlalchemy import Connection, create_engine, make_url, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from activities.services.checkpoints import KEY_FILE, last_note
 from activities.services.key_life import people_changes, relatives
 from activities.services.notes import NoteKey, is_signed
-from activities.services.vault import KEY_BYTES, Keys, Vault
+from activities.services.vault import KEY, KEY_BYTES, Keys, Vault
 from models.settings import Settings
 from scripts.commands.findings import Finding, Health
 
@@ -105,8 +105,14 @@ def _public(path: Path) -> bytes:
 
 def _wrapped(link: Connection, settings: Settings) -> Iterator[Finding]:
     sealing = settings.sealing
-    behind = Vault(Keys(sealing.current, {})).behind(link) if sealing.enabled else 0
-    if behind:
+    if not sealing.enabled:
+        return
+    gone = [key.id for key in sealing.keys if not (settings.data / key.file).exists()]
+    under = select(KEY.c.wrapped_by).where(KEY.c.wrapped_by.in_(gone)).distinct()
+    for name in link.execute(under).scalars():
+        use = "restore it from a backup; what they seal cannot be read"
+        yield Finding("data keys", Health.FAILED, f"some are under {name}, whose file is missing", use)
+    if behind := Vault(Keys(sealing.current, {})).behind(link):
         found = f"{behind} are not under {sealing.current}"
         yield Finding("data keys", Health.ABSENT, found, "run `countersign vault rewrap`")
 

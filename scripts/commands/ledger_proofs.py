@@ -12,7 +12,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from sqlalchemy import Connection, create_engine, inspect, make_url
+from sqlalchemy import Connection
 
 from activities.services.checkpoints import (
     CHECKPOINT,
@@ -29,6 +29,7 @@ from activities.services.checkpoints import (
 )
 from activities.services.cosignatures import WitnessKey, with_lines
 from activities.services.cosigning import RemoteCosigner, cosignatures
+from activities.services.key_files import is_used
 from activities.services.key_life import handed_over, log_rotation, relatives
 from activities.services.ledger_export import Item, of_database, of_lines, to_lines
 from activities.services.ledger_formats import to_ocsf, to_prov
@@ -256,19 +257,10 @@ def _signer(session: Session) -> Checkpoints:
 
 def _private(settings: Settings) -> Ed25519PrivateKey:
     """The signing key; none is made beside notes that another one signed, which it could not follow."""
-    path, url = settings.data / KEY_FILE, make_url(settings.database_url)
-    is_there = not url.drivername.startswith("sqlite") or Path(url.database or "").exists()
-    if is_there and not path.exists():
-        engine = create_engine(url)
-        try:
-            # A database that cannot be asked is an error: a key made then could be the wrong one.
-            with engine.connect() as link:
-                signed = inspect(link).has_table(CHECKPOINT.name) and last_note(link, settings.tenant)
-        finally:
-            engine.dispose()
-        if signed:
-            remedy = "it is gone, and checkpoints are signed by it; restore it from its backup"
-            raise InvalidInput.field("key", str(path), remedy)
+    path = settings.data / KEY_FILE
+    if not path.exists() and is_used(settings.database_url, CHECKPOINT):
+        remedy = "it is gone, and checkpoints are signed by it; restore it from its backup"
+        raise InvalidInput.field("key", str(path), remedy)
     return load_key(settings.data)
 
 

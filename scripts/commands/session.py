@@ -108,7 +108,7 @@ async def reach(settings: Settings) -> Client:
     from temporal.client import connect
     from temporal.converter import codec_of
 
-    codec = codec_of(settings.sealing, settings.data)
+    codec = codec_of(settings.sealing, settings.data, settings.region_url or settings.database_url)
     try:
         return await asyncio.wait_for(connect(settings.temporal, codec), CONNECT_SECONDS)
     except (RuntimeError, TimeoutError):
