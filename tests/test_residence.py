@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,15 +12,18 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import Connection
 
 from activities.services.content import ContentStore, put_here
 from activities.services.database import Database
+from activities.services.regions import Home, bind
 from activities.services.residence import stores, withheld
 from models.canonical import sha256
 from models.errors import InvalidInput, RegionBound
 from models.settings import EncryptionSettings, KeySettings, RegionSettings, Settings
 from scripts.commands.start import request_of
 from tests.databases import migrated
+from tests.shared import LIMIT
 
 TEXT = b"what the quokka said"
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -133,6 +138,20 @@ def test_a_region_seals_always_and_by_keys_that_the_centre_has_not(places: Place
         Settings(database="sqlite:///one.db", regions={"eu": region("eu", database="sqlite:///one.db")})
 
 
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"tenants": ("acme",)}, "two regions name the same tenant acme"),
+        ({"database": "postgresql+psycopg://me:secret@db/one"}, "two regions name the same database;"),
+        ({"keys": region("eu").keys, "current": "eu1"}, "two regions name the same key keys/eu1.key"),
+    ],
+)
+def test_two_regions_share_no_tenant_no_database_and_no_key(own: dict[str, Any], said: str) -> None:
+    both = {name: region(name).model_copy(update=own) for name in ("eu", "us")}
+    with pytest.raises(ValidationError, match=said):
+        Settings(regions=both)
+
+
 def test_a_command_keeps_nothing_of_a_request_that_is_another_places(places: Places) -> None:
     def asked(name: str | None, tenant: str) -> str | None:
         settings = places.at(name).model_copy(update={"tenant": tenant})
@@ -159,3 +178,27 @@ def test_a_tenant_may_be_bound_as_a_whole(places: Places) -> None:
 def test_a_database_that_serves_no_region_is_as_it_was(places: Places) -> None:
     assert isinstance(places.centre, Database)
     assert places.settings.region_url is None
+
+
+async def test_a_region_whose_database_has_fallen_silent_keeps_nobody_else_from_writing(
+    places: Places,
+) -> None:
+    asked, answers = threading.Event(), threading.Event()
+
+    class Silent(Database):
+        def read_now(self, work: Callable[[Connection], Any]) -> Any:
+            asked.set()
+            assert answers.wait(LIMIT)
+            return super().read_now(work)
+
+    own = Silent(places.at("eu").region_url or "")
+    there = bind(Database(places.settings.database_url), Home("eu", own))
+    began = list[Connection]()
+    writing = asyncio.create_task(there.write(began.append))
+    assert await asyncio.to_thread(asked.wait, LIMIT)
+    assert await places.centre.write(lambda link: len(began)) == 0
+    answers.set()
+    await writing
+    assert len(began) == 1
+    for database in (there, own):
+        await asyncio.to_thread(database.close)

@@ -46,7 +46,7 @@ PRAGMAS = (
 )
 BUSY_MILLISECONDS = 30_000
 TURN = (
-    "SELECT set_config('idle_in_transaction_session_timeout', '30s', true), "
+    "SELECT set_config('idle_in_transaction_session_timeout', '10s', true), "
     "pg_advisory_xact_lock(427071729268)"
 )
 """PostgreSQL has as many writers as there are processes. Their batches hold rows in the order in which jobs
@@ -92,6 +92,8 @@ class Database:
     def __init__(self, url: str) -> None:
         """Open nothing yet; the first use connects."""
         self.engine = _engine(url)
+        self.first: Callable[[], object] | None = None
+        """What has to answer before this process takes its turn, since others wait for the end of that."""
         self._turns = Turns(_turns_of(self.engine))
         self._jobs: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
         self._writer: threading.Thread | None = None
@@ -165,6 +167,8 @@ class Database:
         while going and (batch := self._jobs.get()) is not None:
             going = self._gather(batch, time.monotonic() + CROWD_SECONDS)
             try:
+                if self.first is not None:
+                    self.first()
                 with self._turns:
                     # Others may have come while another process had its turn.
                     going = going and self._gather(batch, 0)

@@ -46,6 +46,8 @@ def bind(database: Database, home: Home) -> Database:
     """Let everything that is put into this database of the centre's go to a region instead."""
     # On the engine, so that every transaction has it: a function that put here would be a leak.
     database.engine.update_execution_options(**{OPTION: home})
+    # A region's database that has fallen silent must not hold up the centre and other regions.
+    database.first = lambda: home.read(lambda link: None)
     return database
 
 

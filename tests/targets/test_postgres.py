@@ -122,7 +122,7 @@ async def test_writers_take_turns_so_that_no_batch_waits_for_one_that_waits_for_
     finally:
         leave.set()
     await waiting
-    assert await holding == "30s", "whoever is stopped in its turn loses it"
+    assert await holding == "10s", "whoever is stopped in its turn loses it"
     for database in (one, other):
         await asyncio.to_thread(database.close)
 
