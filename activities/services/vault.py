@@ -98,7 +98,8 @@ def load_keys(settings: EncryptionSettings, data: Path, url: str = "sqlite://") 
     for key in settings.keys:
         path = (data / key.file).resolve()
         if key.id == settings.current and not path.exists():
-            if is_used(url, KEY, KEY.c.wrapped_by == key.id):
+            # Another process may have made it and used it meanwhile.
+            if is_used(url, KEY, KEY.c.wrapped_by == key.id) and not path.exists():
                 raise missing(key.id)
             _make(path, key.id, data)
         if path.exists():

@@ -258,7 +258,7 @@ def _signer(session: Session) -> Checkpoints:
 def _private(settings: Settings) -> Ed25519PrivateKey:
     """The signing key; none is made beside notes that another one signed, which it could not follow."""
     path = settings.data / KEY_FILE
-    if not path.exists() and is_used(settings.database_url, CHECKPOINT):
+    if not path.exists() and is_used(settings.database_url, CHECKPOINT) and not path.exists():
         remedy = "it is gone, and checkpoints are signed by it; restore it from its backup"
         raise InvalidInput.field("key", str(path), remedy)
     return load_key(settings.data)
