@@ -19,13 +19,12 @@ from models.calendar import (
     read_idea,
     read_picks,
 )
-from models.content import Brief, render_brief
+from models.content import Brief, ContentSettings, render_brief
 from models.errors import InvalidInput
 from models.loop import Frozen, Name, Ref
 from models.memory import Hit
 from models.orders import Reading
 from models.prose import folded
-from models.settings import ContentSettings
 
 CONTENT = "content"
 """The agent that gets the briefs."""

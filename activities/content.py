@@ -10,13 +10,12 @@ from temporalio import activity
 
 from models.article import Answers, Draft, compose, find_repeats, read_outline, section_count
 from models.canonical import canonical
-from models.content import Brief, amend, parse_brief, render_brief, slug_candidates
+from models.content import Brief, ContentSettings, amend, parse_brief, render_brief, slug_candidates
 from models.drafting import estimated_tokens
 from models.errors import InvalidInput
 from models.loop import Frozen, Name, Ref, Subject
 from models.memory import Hit
 from models.prose import folded
-from models.settings import ContentSettings
 
 MARKDOWN = "text/markdown; charset=utf-8"
 JSON = "application/json"

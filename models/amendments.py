@@ -17,7 +17,18 @@ from pydantic import Field, field_validator, model_validator
 from models.autonomy import UNDONE, ActionClass
 from models.canonical import Digest, digest_of
 from models.ledger import Draft, Entry, EventType
-from models.loop import Amount, Exemption, Frozen, GateRule, Intent, Limits, Name, Reversibility, Status
+from models.loop import (
+    Amount,
+    Currency,
+    Exemption,
+    Frozen,
+    GateRule,
+    Intent,
+    Limits,
+    Name,
+    Reversibility,
+    Status,
+)
 from models.policy import OUTDATED, SEVERITY, AgentPolicy, Policy
 
 OPERATION = "amend"
@@ -39,7 +50,7 @@ class Autonomy(Frozen):
     automatic: bool = False
     automatic_up_to: Literal[Reversibility.READ_ONLY, Reversibility.REVERSIBLE] = Reversibility.REVERSIBLE
     automatic_amount: Amount | None = None
-    automatic_currency: str | None = Field(default=None, min_length=1)
+    automatic_currency: Currency | None = None
     automatic_within: Limits | None = None
     grants: tuple[Exemption, ...] = Field(default=(), max_length=100)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from models.content import Brief, slug_candidates
+from models.content import Brief, ContentSettings, slug_candidates
 from models.loop import Frozen
 from models.prose import (
     BLOCK,
@@ -30,7 +30,6 @@ from models.prose import (
     shorten,
     tidy,
 )
-from models.settings import ContentSettings
 
 MOST_WORDS = 90
 """Of one section's prose."""

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from decimal import ROUND_UP, Decimal
-from typing import Annotated
 
-from pydantic import Field, StringConstraints
+from pydantic import Field
 
-from models.loop import Amount, Frozen, Name
+from models.loop import Amount, Currency, Frozen, Name
 
 MICRO = 1_000_000
-Currency = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
-"""ISO 4217."""
 
 
 class Budget(Frozen):

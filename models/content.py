@@ -26,7 +26,16 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import AfterValidator, AwareDatetime, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from models.errors import InvalidInput
 from models.loop import Frozen, Name
@@ -292,3 +301,22 @@ def _named(error: ValidationError) -> InvalidInput:
 def _amended(brief: Brief, line: str) -> Brief:
     front, notes = _split(render_brief(brief).decode())
     return _brief(_known({**_mapping(front), **_mapping(line)}), notes)
+
+
+class ContentSettings(Frozen):
+    """What a post must satisfy, and when two ideas count as one."""
+
+    banned_phrases: tuple[str, ...] = ()
+    min_words: int = Field(default=40, ge=0)
+    max_words: int = Field(default=1500, ge=1)
+    duplicate_permille: int = Field(default=850, ge=0, le=1000)
+    """Cosine times 1000 from which an earlier post counts as a near-duplicate."""
+    check_links: bool = True
+
+    @field_validator("max_words")
+    @classmethod
+    def _leaves_room(cls, most: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_words", 0)
+        if most < least:
+            raise ValueError(f"no post has fewer than min_words ({least}) of them as well; raise it")
+        return most

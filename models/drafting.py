@@ -28,10 +28,9 @@ from models.article import (
     text_of,
     texts_of,
 )
-from models.content import Brief, parse_brief, render_brief, slug_candidates
+from models.content import Brief, ContentSettings, parse_brief, render_brief, slug_candidates
 from models.inference import Inputs, Message, Params, Prompt, Task
 from models.prose import BLOCK, faults, flat, shorten, tidy
-from models.settings import ContentSettings
 
 OUTLINE, SECTION, PARAPHRASE, METADATA = (
     "content.outline",

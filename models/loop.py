@@ -31,7 +31,7 @@ TOO_MUCH = Decimal(10**12)
 """No amount is as large; a sum that is counts as unknown."""
 
 Currency = Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")]
-"""As EUR."""
+"""ISO 4217, as EUR."""
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
 """A whole number that every JSON reader reads exactly."""
@@ -278,7 +278,7 @@ class GateRule(Frozen):
     """The gravest class that passes without a person."""
     automatic_amount: Amount | None = None
     """The most that may cost without a person, all actions together; unknown cost is never automatic."""
-    automatic_currency: str | None = Field(default=None, min_length=1)
+    automatic_currency: Currency | None = None
     automatic_within: Limits | None = None
     """How far numbers may be moved without a person."""
     approvals: int = Field(default=1, ge=1, le=20)

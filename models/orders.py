@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from enum import StrEnum
+from typing import Annotated
 
 from pydantic import AwareDatetime, Field
 
@@ -27,21 +28,23 @@ from models.loop import (
 from models.memory import Memo
 from models.policy import AgentPolicy
 
+Span = Annotated[timedelta, Field(gt=timedelta(0))]
+
 
 class Pace(Frozen):
     """How long steps may take; from settings, frozen in the history when the run is admitted."""
 
-    attempt: timedelta = timedelta(seconds=30)
+    attempt: Span = timedelta(seconds=30)
     """One attempt at an effect, after which it may no longer send."""
-    heartbeat: timedelta = timedelta(seconds=10)
+    heartbeat: Span = timedelta(seconds=10)
     """A worker that was silent for so long is taken for dead."""
-    effect: timedelta = timedelta(hours=1)
+    effect: Span = timedelta(hours=1)
     """All attempts at one effect."""
-    answer: timedelta = timedelta(minutes=5)
+    answer: Span = timedelta(minutes=5)
     """One model call, all repairs included."""
-    read: timedelta = timedelta(minutes=2)
+    read: Span = timedelta(minutes=2)
     """Dry runs and recalls."""
-    verify: timedelta = timedelta(minutes=5)
+    verify: Span = timedelta(minutes=5)
     """How long a reader's view of an effect is waited for."""
 
 

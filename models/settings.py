@@ -12,15 +12,17 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from models.budget import Budget, same_scope
 from models.channels import ChannelSettings, DeskSettings, mistake
+from models.content import ContentSettings
 from models.cosigners import CosignerSettings
 from models.inference import OPEN, DataClass
 from models.knowledge import PrewarmSettings
-from models.loop import WEB, Assurance, Frozen, Name
+from models.loop import WEB, Assurance, Currency, Frozen, Name
 from models.memory import EmbeddingSettings, WeaviateSettings
 from models.orders import Pace
 from models.people import SECURITY_KEYS, Everybody, Person, PersonId
 from models.policy import POLICY_AGENT, Policy
 from models.telemetry import TelemetrySettings
+from models.visibility import Role
 
 
 def _refused(remedy: str) -> PydanticCustomError:
@@ -71,7 +73,7 @@ class TierSettings(Frozen):
     concurrency: int = Field(default=1, ge=1)
     price_per_million_input: Decimal | None = Field(default=None, ge=0)
     price_per_million_output: Decimal | None = Field(default=None, ge=0, validate_default=True)
-    currency: str | None = Field(default=None, validate_default=True)
+    currency: Currency | None = Field(default=None, validate_default=True)
     tokens_per_second: int | None = Field(default=None, ge=1)
     """Expected decoding speed, for estimates until there are measurements."""
 
@@ -121,17 +123,6 @@ class SiteSettings(Frozen):
     title: str = "Countersign demo"
     engine: Literal["auto", "hugo", "plain"] = "auto"
     """What builds the pages; auto is Hugo where it is installed."""
-
-
-class ContentSettings(Frozen):
-    """What a post must satisfy, and when two ideas count as one."""
-
-    banned_phrases: tuple[str, ...] = ()
-    min_words: int = Field(default=40, ge=0)
-    max_words: int = Field(default=1500, ge=1)
-    duplicate_permille: int = Field(default=850, ge=0, le=1000)
-    """Cosine times 1000 from which an earlier post counts as a near-duplicate."""
-    check_links: bool = True
 
 
 class TaskSettings(Frozen):
@@ -323,7 +314,7 @@ class Settings(Frozen):
     schedules: tuple[ScheduleSettings, ...] = ()
     prewarm: tuple[PrewarmSettings, ...] = ()
     """Subjects whose beliefs and records are ready before anybody asks."""
-    roles: tuple[str, ...] = ("decide", "infer", "remember", "act", "desk")
+    roles: tuple[Role, ...] = tuple(Role)
     telemetry: TelemetrySettings = TelemetrySettings()
 
     @field_validator("tiers")

@@ -21,13 +21,13 @@ from activities.services.memory_store import MemoryStore
 from activities.services.vectors import ExactVectors
 from activities.tiers.scripted import Scripted
 from models.beliefs import Change, Mail, owner_id
+from models.content import ContentSettings
 from models.errors import ConnectorRejected, InvalidInput, TierUnavailable
 from models.inference import DataClass, Prompt
 from models.loop import GateRule, Guarantee, Outcome, Request, Reversibility
 from models.memory import Memo
 from models.policy import AgentPolicy, Policy
 from models.settings import (
-    ContentSettings,
     EncryptionSettings,
     ScheduleSettings,
     Settings,

@@ -25,13 +25,14 @@ from activities.services.beliefs import Beliefs
 from activities.tiers.scripted import Scripted
 from models.beliefs import Change, Mail, Ownership, Owning, owner_id
 from models.calibration import Calibrated
+from models.content import ContentSettings
 from models.gate import ANYBODY, Answer, Kind, recorded
 from models.knowledge import Warmed
 from models.ledger import EventType
 from models.loop import GateRule, Outcome, Request
 from models.orders import Pace
 from models.policy import AgentPolicy
-from models.settings import ContentSettings, Settings, SiteSettings, TemporalSettings, TierSettings
+from models.settings import Settings, SiteSettings, TemporalSettings, TierSettings
 from models.visibility import Queue, Role
 from temporal import dev_server
 from temporal.beliefs import settle, tell

@@ -10,12 +10,13 @@ import pytest
 from activities.services.beliefs import Beliefs
 from activities.tiers.scripted import Scripted
 from models.beliefs import Change, Value
+from models.content import ContentSettings
 from models.errors import InvalidInput, TierUnavailable
 from models.gate import Kind
 from models.inference import Prompt
 from models.ledger import EventType
 from models.loop import Request, Status
-from models.settings import ContentSettings, SiteSettings, TemporalSettings, TierSettings
+from models.settings import SiteSettings, TemporalSettings, TierSettings
 from models.visibility import Role
 from temporal.client import Started, submit
 from tests.conftest import ROLES, Stack, a_key, free_port, settings_for, stack_of

@@ -24,7 +24,7 @@ from models.calendar import (
     read_picks,
 )
 from models.canonical import canonical
-from models.content import Brief, parse_brief, render_brief
+from models.content import Brief, ContentSettings, parse_brief, render_brief
 from models.errors import InvalidInput
 from models.gate import Kind
 from models.inference import DataClass, Prompt
@@ -32,7 +32,7 @@ from models.ledger import Append, Draft, Event, EventType
 from models.loop import Action, Outcome, Proposal, Receipt, Ref, Request, Status, workflow_id
 from models.memory import Memo, Recall
 from models.policy import AgentPolicy
-from models.settings import ContentSettings, ScheduleSettings, SiteSettings, TemporalSettings, TierSettings
+from models.settings import ScheduleSettings, SiteSettings, TemporalSettings, TierSettings
 from temporal.client import Started, submit
 from temporal.schedules import Schedules, schedule_id
 from tests.conftest import Stack, a_key, free_port, policy, settings_for, stack_of

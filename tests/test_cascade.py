@@ -41,6 +41,7 @@ from models.calibration import (
     spread,
 )
 from models.cascade import Rung, Terms, bar_of, is_calibrated, ranks, unsure
+from models.content import ContentSettings
 from models.errors import TierUnavailable
 from models.gate import Kind
 from models.inference import Bar, Call, Completion, Grant, Message, Needs, Probed, Prompt, Task, TokenChance
@@ -49,7 +50,6 @@ from models.loop import Request, Status
 from models.orders import RouteOrder
 from models.routing import Measured, RoutePolicy, RouteRecord, Snapshot, Telemetry, decide, replayed
 from models.settings import (
-    ContentSettings,
     ScheduleSettings,
     Settings,
     SiteSettings,

@@ -18,12 +18,12 @@ from temporalio.worker import Replayer
 
 from activities.services.vault import Keys
 from activities.tiers.scripted import Scripted
+from models.content import ContentSettings
 from models.errors import InvalidInput, KeyMissing
 from models.gate import Kind
 from models.loop import Status
 from models.settings import (
     CodecServerSettings,
-    ContentSettings,
     EncryptionSettings,
     SiteSettings,
     TemporalSettings,

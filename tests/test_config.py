@@ -103,6 +103,15 @@ def test_variables_of_other_programs_are_left_alone(tmp_path: Path) -> None:
         ("", {"COUNTERSIGN_ROLES": "act"}, "write a list"),
         ("", {"COUNTERSIGN_ROLES": "[act"}, "write lists and tables as JSON"),
         ("tenant = \n", {}, "correct the TOML"),
+        ("[content]\nmin_words = 9\nmax_words = 8\n", {}, r"content\.max_words: 8 .*min_words \(9\)"),
+        ('roles = ["actor"]\n', {}, r"roles\.0: 'actor'.*'act'"),
+        ('[pace]\nread = "-PT1M"\n', {}, r"pace\.read: .*greater than"),
+        ("", {"COUNTERSIGN_TIERS__EDGE__CURRENCY": "euros"}, r"tiers\.edge\.currency: 'euros'.*\[A-Z\]"),
+        (
+            '[policy.agents.content.gate]\nautomatic_amount = "1"\nautomatic_currency = "eur"\n',
+            {},
+            r"automatic_currency: 'eur'",
+        ),
         ('[[tiers]]\nname = "a"\nkind = "tgi"\n', {}, r"tiers\.a\.url: .*add url"),
     ],
 )

@@ -25,13 +25,12 @@ from models.article import (
     section_notes,
 )
 from models.canonical import sha256
-from models.content import Brief, parse_brief, render_brief
+from models.content import Brief, ContentSettings, parse_brief, render_brief
 from models.drafting import METADATA, OUTLINE, PARAPHRASE, SECTION, content_tasks, fenced
 from models.errors import InvalidInput
 from models.inference import Task
 from models.loop import Ref
 from models.prose import Grounds, escape, escape_with_links, faults, slugify, tidy
-from models.settings import ContentSettings
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").rglob("*.md"))
 LIMITS = ContentSettings(banned_phrases=("game changer",), min_words=10)

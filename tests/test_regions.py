@@ -19,12 +19,12 @@ import pytest_asyncio
 from temporalio.client import WorkflowFailureError
 
 from activities.services.content import ContentStore
+from models.content import ContentSettings
 from models.errors import InvalidInput, RegionBound
 from models.gate import Kind
 from models.ledger import EventType
 from models.loop import Ref, Request, Status
 from models.settings import (
-    ContentSettings,
     KeySettings,
     RegionSettings,
     Settings,
