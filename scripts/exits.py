@@ -26,6 +26,14 @@ MEND: Mapping[str, str] = {
     "SQLITE_NOTADB": "it is no database; restore it, or name another",
 }
 """What to do, by the beginning of SQLite's own name of an error; anything else `countersign up` may mend."""
+POSTGRES = {
+    None: "see that PostgreSQL runs, and that `database` names one of its databases and roles",
+    "25": "it only reads: let `database` name the primary",
+    "53": "make room on its disk, or let it take more connections",
+    "55": "others keep it busy; try again",
+    "57": "others keep it busy, or it is being stopped; try again",
+}
+"""The same by the class of PostgreSQL's own state of an error; nothing where no server answered."""
 SHOWN = 2000
 """Characters of an error; of a longer one the middle is left out, since the remedy stands at its end."""
 AWAY = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
@@ -85,4 +93,5 @@ def _words(error: Exception) -> str:
 
 def _mend(error: DBAPIError) -> str:
     name = "_".join(str(getattr(error.orig, "sqlite_errorname", "")).split("_")[:2])
-    return MEND.get(name, "start `countersign up` to mend it")
+    state = getattr(error.orig, "sqlstate", "")
+    return MEND.get(name) or POSTGRES.get(state and state[:2], "start `countersign up` to mend it")

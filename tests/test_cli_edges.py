@@ -115,6 +115,18 @@ def test_a_database_that_refuses_says_what_to_do_about_that(name: str, remedy: s
     assert code_of(error) == Exit.NOT_READY and remedy in text_of(error)
 
 
+@pytest.mark.parametrize(
+    ("state", "remedy"),
+    [(None, "PostgreSQL runs"), ("25006", "primary"), ("53300", "connections"), ("42P01", "countersign up")],
+)
+def test_a_postgresql_that_refuses_says_what_to_do_about_that(state: str | None, remedy: str) -> None:
+    class Refusal(Exception):
+        sqlstate = state
+
+    error = OperationalError("", {}, Refusal("no"))
+    assert code_of(error) == Exit.NOT_READY and remedy in text_of(error)
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("agents", "--json")])
 def test_a_full_disk_behind_standard_output_is_an_error_and_no_traceback(
     kept: Path, arguments: tuple[str, ...]
