@@ -411,6 +411,11 @@ class Settings(Frozen):
         return None if server is None or (away and server.region != self.region) else server
 
     @property
+    def vector_index(self) -> WeaviateSettings | None:
+        """The Weaviate that this process fills: none in a region, whose vectors stay in its database."""
+        return self.weaviate if self.region is None else None
+
+    @property
     def database_url(self) -> str:
         """The database's SQLAlchemy URL."""
         return self.database or f"sqlite:///{self.data.resolve() / 'countersign.db'}"

@@ -9,7 +9,7 @@ from sqlalchemy import update
 from activities.services.memory_store import UNSEEN
 from activities.services.vectors import MEMORY
 from models.inference import OPEN, DataClass
-from models.memory import EmbeddingSettings, Search
+from models.memory import EmbeddingSettings, Search, WeaviateSettings
 from models.settings import RegionSettings, Settings
 from tests.test_memory import NOW, Hashed, Place, ids
 
@@ -98,6 +98,8 @@ def test_a_regions_processes_show_texts_to_no_server_that_stands_elsewhere(tmp_p
     key = {"id": "eu1", "file": tmp_path / "eu1.key"}
     eu = RegionSettings.model_validate({"keys": [key], "current": "eu1"})
     embeddings = EmbeddingSettings(**more)
-    there = Settings(data=tmp_path, regions={"eu": eu}, region="eu", embeddings=embeddings)
+    centre = Settings(data=tmp_path, regions={"eu": eu}, embeddings=embeddings, weaviate=WeaviateSettings())
+    there = centre.model_copy(update={"region": "eu"})
     assert (there.embedding_server is not None) is serves
-    assert Settings(data=tmp_path, regions={"eu": eu}, embeddings=embeddings).embedding_server is embeddings
+    assert there.vector_index is None
+    assert (centre.embedding_server, centre.vector_index) == (embeddings, WeaviateSettings())

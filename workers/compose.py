@@ -342,12 +342,12 @@ class _Composer:
         return self._worker(queue_of(Queue.REMEMBER, self._settings.region), [Memory(store).recall])
 
     async def _vectors(self, database: Database, leases: Leases, dimensions: int) -> Vectors:
-        if self._settings.weaviate is None:
+        if (index := self._settings.vector_index) is None:
             return ExactVectors(database, dimensions)
         # Loaded only where it is used: its client takes a second and tens of megabytes.
         from activities.services.weaviate_store import WeaviateVectors, connected
 
-        client = await self._stack.enter_async_context(connected(self._settings.weaviate))
+        client = await self._stack.enter_async_context(connected(index))
         return WeaviateVectors(database, client, leases, dimensions)
 
     async def _act(self) -> Worker:

@@ -190,11 +190,11 @@ async def _opened() -> AsyncGenerator[Parts]:
             client = await stack.enter_async_context(http_client(server))
             embedder, dimensions = embedding_adapter(server, client), server.dimensions
         index: Any = None
-        if settings.weaviate is not None:
+        if settings.vector_index is not None:
             from activities.services.weaviate_store import WeaviateVectors, connected
 
             leases = Leases(session.database, HOLDER, utc_now)
-            reached = await stack.enter_async_context(connected(settings.weaviate))
+            reached = await stack.enter_async_context(connected(settings.vector_index))
             index = WeaviateVectors(session.database, reached, leases, dimensions)
         vectors = index or ExactVectors(session.database, dimensions)
         store = MemoryStore(session.database, session.content, embedder, vectors)
