@@ -110,6 +110,7 @@ async def test_each_scheduled_time_is_one_request_however_often_it_is_delivered(
     for time in times:
         started = await handle.describe()
         request = await _request(stack, started)
+        await stack.client.get_workflow_handle(time).result()
         again = await stack.client.start_workflow("external", request, id=time, task_queue="decide")
         assert (await again.result())["status"] == "executed"
     assert len(await outcomes(stack)) == 2
