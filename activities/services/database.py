@@ -28,6 +28,7 @@ from sqlalchemy.exc import DBAPIError
 
 from activities.services.statements import run_plain
 from activities.services.turns import Turns
+from models.errors import InvalidInput
 
 Item = TypeVar("Item")
 T = TypeVar("T")
@@ -306,7 +307,7 @@ def from_micros(value: int) -> datetime:
 
 def _engine(url: str) -> Engine:
     sqlite = url.startswith("sqlite")
-    engine = _sqlite(url) if sqlite else create_engine(url, pool_pre_ping=True, connect_args=ALIVE)
+    engine = _sqlite(url) if sqlite else _postgres(url)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:  # pyright: ignore[reportUnusedFunction]
@@ -317,6 +318,19 @@ def _engine(url: str) -> Engine:
             run_plain(connection, "BEGIN IMMEDIATE" if writer else "BEGIN")
         elif writer:
             run_plain(connection, TURN)
+
+    return engine
+
+
+def _postgres(url: str) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True, connect_args=ALIVE | {"client_encoding": "utf8"})
+
+    @event.listens_for(engine, "connect")
+    def _encoding(raw: Any, _record: object) -> None:  # pyright: ignore[reportUnusedFunction]
+        kept = raw.info.parameter_status("server_encoding")
+        if kept != "UTF8":
+            remedy = "it cannot keep every text; make one with ENCODING 'UTF8' TEMPLATE template0"
+            raise InvalidInput.field("database", f"{raw.info.dbname} in {kept}", remedy)
 
     return engine
 

@@ -19,7 +19,7 @@ case "$1" in
     initdb=$(tool initdb) pg_ctl=$(tool pg_ctl)
     mkdir -p "$2"
     [ "$(id -u)" != 0 ] || chown postgres "$2"
-    as_owner "$initdb -D $2/data -A trust -U countersign --no-sync" >/dev/null
+    as_owner "$initdb -D $2/data -A trust -E UTF8 -U countersign --no-sync" >/dev/null
     options="-p $3 -c listen_addresses=127.0.0.1 -c unix_socket_directories="
     as_owner "$pg_ctl -D $2/data -l $2/log -w -o '$options' start" >/dev/null
     echo "postgresql+psycopg://countersign@127.0.0.1:$3/postgres"

@@ -26,6 +26,7 @@ from activities.services.migrations import migrate, state
 from activities.services.vault import Keys
 from activities.services.vectors import ExactVectors
 from activities.services.verifier import check_database
+from models.errors import InvalidInput
 from models.ledger import Append, EventType
 from models.loop import Status
 from models.memory import Memo, Recall, Search
@@ -90,15 +91,27 @@ async def test_writers_with_connections_of_their_own_leave_no_gap(url: str) -> N
 
 
 def test_stacks_that_start_at_once_migrate_one_after_the_other(url: str) -> None:
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as link:
-        link.execute(text("CREATE DATABASE at_once"))
-    engine.dispose()
-    fresh = engine.url.set(database="at_once").render_as_string(hide_password=False)
+    fresh = made(url, "at_once")
     with ThreadPoolExecutor(3) as stacks:
         list(stacks.map(migrate, [fresh] * 3))
     current, expected = state(fresh)
     assert current == expected
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_keep_every_text_is_refused(url: str, encoding: str) -> None:
+    narrow = made(url, encoding.lower(), f"ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    with pytest.raises(InvalidInput, match=f"{encoding}.*ENCODING 'UTF8'"):
+        migrate(narrow)
+
+
+def made(url: str, name: str, how: str = "") -> str:
+    """Another database of the same server, empty, by its URL."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as link:
+        link.execute(text(f"CREATE DATABASE {name} {how}"))
+    engine.dispose()
+    return engine.url.set(database=name).render_as_string(hide_password=False)
 
 
 async def test_writers_take_turns_so_that_no_batch_waits_for_one_that_waits_for_it(url: str) -> None:
