@@ -20,7 +20,9 @@ from temporal.client import Started, submit
 from tests.conftest import Stack, a_key, settings_for, stack_of, utc_now
 from tests.ledgers import TENANT
 from tests.test_forgetting import ANN, MARK, hits
-from workers.compose import stores
+from tests.test_glass import AGENTS, Room, command, room_settings
+from tests.test_signatures import make_key
+from workers.compose import Parts, stores
 
 
 async def started(stack: Stack) -> Started:
@@ -59,6 +61,35 @@ async def test_a_run_about_somebody_leaves_nothing_of_them_and_a_ledger_that_hol
         history = (await run.handle.fetch_history()).to_json().encode()
     assert not sealed or hits(MARK, history) == 0
     await forgotten(settings, sealed)
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["clear", "sealed"])
+async def test_a_review_does_not_go_with_what_was_erased_of_its_run(
+    temporal: TemporalSettings, tmp_path: Path, sealed: bool
+) -> None:
+    keys = {name: make_key(tmp_path, name) for name in ("ann", "bob", "ines")}
+    settings = room_settings(temporal, tmp_path, keys)
+    settings = settings.model_copy(update={"encryption": EncryptionSettings(enabled=sealed)})
+    async with stack_of(settings, Parts(agents=AGENTS)) as stack:
+        room = Room(stack, keys)
+        request = room.request().model_copy(update={"subject": ANN})
+        data = str(request.body).encode()
+        ref = await stack.content.put(TENANT, data, "application/json", subject=ANN, plainly=True)
+        request = request.model_copy(update={"body": ref})
+        run = await submit(stack.client, request, settings.temporal)
+        digest = await stack.digest(run)
+        await room.breaks(run, digest)
+        await room.state(run, "reviewing")
+        await Erasure(stack.database, utc_now).forget(TENANT, ANN, by="dpo")
+        shown = await command(stack, "show", run.workflow_id)
+        assert "What this was about was erased" in shown.stdout and digest in shown.stdout
+        await run.handle.terminate()
+        again = await submit(stack.client, request, settings.temporal)
+        await room.state(again, "reviewing")
+        signing = ("--as", "bob", "--sign", str(keys["bob"]))
+        given = await command(stack, "approve", run.workflow_id, "--review", "--digest", digest, *signing)
+        assert given.exit_code == 0, given.stderr
+        assert (await again.handle.result()).status is Status.EXECUTED
 
 
 async def forgotten(settings: Any, sealed: bool) -> None:

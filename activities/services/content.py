@@ -26,7 +26,7 @@ from activities.services.statements import Statement
 from activities.services.together import Reading
 from activities.services.vault import Keys, Sealed, Vault
 from models.canonical import canonical, sha256, subject_id
-from models.errors import InvalidInput, KeyMissing, LedgerBroken
+from models.errors import InvalidInput, KeyDestroyed, KeyMissing, LedgerBroken, RegionBound
 from models.loop import Ref
 from models.tables import Blob, table
 
@@ -34,6 +34,8 @@ LIMIT_BYTES = 4 * 1024 * 1024
 JSON = "application/json"
 TEXT = "text/plain; charset=utf-8"
 OPTION = "countersign_vault"
+ERASED = "What this was about was erased."
+"""In the place of a card that is gone."""
 BLOB = table(Blob)
 _STORED = Statement(
     select(BLOB.c.data, BLOB.c.sealed_by).where(
@@ -184,6 +186,16 @@ def get_blob(connection: Connection, tenant: str, digest: str) -> bytes:
     if data is None:
         raise absent(connection, tenant, digest)
     return data
+
+
+def get_unless_gone(connection: Connection, tenant: str, digest: str) -> bytes | None:
+    """The same, or nothing where it was erased: for what must go on without it."""
+    try:
+        return get_blob(connection, tenant, digest)
+    except RegionBound:
+        raise
+    except (InvalidInput, KeyDestroyed):
+        return None
 
 
 def _checked(connection: Connection, tenant: str, digest: str) -> bytes | None:

@@ -23,7 +23,7 @@ from typing import Protocol
 import httpx
 from pydantic import SecretStr
 
-from activities.services.content import get_blob
+from activities.services.content import ERASED, get_blob, get_unless_gone
 from activities.services.database import Database
 from activities.services.regions import home_behind
 from models.card import visible
@@ -168,8 +168,10 @@ class Noticing:
             # Mail servers and screens are anywhere; who may read it, reads it in the region.
             title, card = f"bound to region {home.region}", _limited(order, home.region)
         else:
-            data = await self._database.read(lambda link: get_blob(link, order.tenant, intent.card_digest))
-            title, card = intent.proposal.title, data.decode()
+            text = await self._database.read(
+                lambda link: get_unless_gone(link, order.tenant, intent.card_digest)
+            )
+            title, card = intent.proposal.title, ERASED if text is None else text.decode()
         return Notice(order, title, card, intent.card_digest, intent.expires_at, self._desk)
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 
 from sqlalchemy import Connection, select, update
 
-from activities.services.content import TEXT, get_blob, put_blob
+from activities.services.content import ERASED, TEXT, get_blob, get_unless_gone, put_blob
 from activities.services.database import Database, to_micros
 from activities.services.ends import borne_out
 from activities.services.ledger_store import append_in, entries_in
@@ -17,6 +17,7 @@ from activities.services.memory_store import keep
 from activities.services.regions import home_of
 from activities.services.residence import withheld
 from models.card import visible
+from models.errors import InvalidInput, KeyDestroyed, RegionBound
 from models.ledger import Append, Appended, Draft, Entry, EventType, event_id
 from models.loop import Intent, Outcome, Proposal, Ref, Request, body_digest
 from models.memory import Cause, Memo
@@ -119,8 +120,8 @@ class Requests:
 
 def _admit(connection: Connection, admission: Admission, now: datetime, bar: str | None) -> _Start:
     request = admission.request
-    body = _body(connection, request)
     claim = connection.execute(select(CLAIM).where(_is(request.tenant, request.agent, request.key))).first()
+    body = _body(connection, request, claim is not None and claim.outcome is not None)
     if claim is not None and claim.body_digest != body.digest:
         return _Start(body, refusal=_other_body(request.key, claim.body_digest, body.digest))
     if claim is not None and claim.workflow_id != admission.workflow_id:
@@ -156,12 +157,18 @@ def _needed(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
     return tuple(one for one in entries if one.type is not EventType.REFUSAL or one.version >= since)
 
 
-def _body(connection: Connection, request: Request) -> Ref:
-    if isinstance(request.body, str):
-        data = request.body.encode()
-        return put_blob(connection, request.tenant, data, TEXT, request.subject, plainly=True)
-    get_blob(connection, request.tenant, request.body.digest)
-    return request.body
+def _body(connection: Connection, request: Request, has_ended: bool) -> Ref:
+    try:
+        if isinstance(request.body, str):
+            data = request.body.encode()
+            return put_blob(connection, request.tenant, data, TEXT, request.subject, plainly=True)
+        get_blob(connection, request.tenant, request.body.digest)
+        return request.body
+    except (InvalidInput, KeyDestroyed) as error:
+        # What is left of a run that has ended is its review, which does not go with what was erased.
+        if not has_ended or isinstance(error, RegionBound):
+            raise
+        return _name_of(request)
 
 
 def _name_of(request: Request) -> Ref:
@@ -190,7 +197,10 @@ def last_intent(connection: Connection, tenant: str, entries: tuple[Entry, ...])
     if not logged:
         return None, ""
     intent = Intent.model_validate_json(get_blob(connection, tenant, logged[-1]["digest"]))
-    return intent, get_blob(connection, tenant, logged[-1]["short_card"]).decode()
+    has_ended = any(entry.type is EventType.OUTCOME for entry in entries)
+    read = get_unless_gone if has_ended else get_blob
+    card = read(connection, tenant, logged[-1]["short_card"])
+    return intent, ERASED if card is None else card.decode()
 
 
 def _last_proposal(connection: Connection, tenant: str, entries: tuple[Entry, ...]) -> Proposal | None:

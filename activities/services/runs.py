@@ -5,14 +5,14 @@ It needs neither a worker nor Temporal.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from activities.services.content import ContentStore
+from activities.services.content import ERASED, ContentStore
 from activities.services.ledger_store import LedgerStore
 from models.canonical import sha256
-from models.errors import InvalidInput, LedgerBroken
+from models.errors import InvalidInput, KeyDestroyed, LedgerBroken, RegionBound
 from models.gate import Standing
 from models.glass import UNSAID
 from models.ledger import Entry, Event, EventType
@@ -117,7 +117,7 @@ class Runs:
         intent = Intent.model_validate_json(data)
         return intent.proposal.title if intent.workflow_id == run else ""
 
-    async def _card(self, events: Iterable[Event], wanted: str | None = None) -> Card | None:
+    async def _card(self, events: Sequence[Event], wanted: str | None = None) -> Card | None:
         """Of the last intent, or of the one that is wanted."""
         bodies = [event.body for event in events if event.type is EventType.INTENT]
         logged = [body for body in bodies if wanted in (None, body["digest"])]
@@ -126,14 +126,24 @@ class Runs:
         digest = str(logged[-1]["digest"])
         data = await self._blob(digest)
         intent = Intent.model_validate_json(data)
-        full = await self._blob(str(logged[-1]["card"]))
+        has_ended = any(event.type is EventType.OUTCOME for event in events)
+        full = await self._card_text(str(logged[-1]["card"]), has_ended)
         # The bytes that were bound, not what this version would make of them: it may know more fields.
-        if sha256(data) != digest or intent.card_digest != sha256(full):
+        if sha256(data) != digest or intent.card_digest != sha256(full) and full != ERASED.encode():
             raise LedgerBroken(
                 f"intent {digest} does not bind the card that is stored; answer nothing, look why"
             )
-        short = await self._blob(str(logged[-1]["short_card"]))
+        short = await self._card_text(str(logged[-1]["short_card"]), has_ended)
         return Card(digest, intent, short.decode(), full.decode())
+
+    async def _card_text(self, digest: str, has_ended: bool) -> bytes:
+        try:
+            return await self._blob(digest)
+        except (InvalidInput, KeyDestroyed) as error:
+            # Nobody decides by a card that is gone; what was decided is told, and reviewed, without it.
+            if not has_ended or isinstance(error, RegionBound):
+                raise
+            return ERASED.encode()
 
     async def _blob(self, digest: str) -> bytes:
         return await self._content.get(self._tenant, Ref(digest=digest, size=0))
