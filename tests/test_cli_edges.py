@@ -15,10 +15,11 @@ from typer.testing import CliRunner, Result
 
 from models.errors import InvalidInput, UnknownName
 from models.gate import Kind
-from models.settings import Settings
+from models.settings import Settings, TemporalSettings
 from scripts.cli import app
 from scripts.commands.answer import signed
 from scripts.exits import SHOWN, Exit, code_of, text_of
+from tests.conftest import free_port
 from tests.databases import migrated
 from workers import config
 
@@ -144,3 +145,16 @@ def test_what_the_doctor_found_is_not_cut_where_nobodys_terminal_sets_a_width(
     kept: Path, tmp_path: Path
 ) -> None:
     assert f"{tmp_path}/keys/ledger.pem is not there yet" in run(kept, "doctor").stdout
+
+
+def test_with_threads_of_temporal_s_client_a_command_ends_before_the_interpreter_does(tmp_path: Path) -> None:
+    temporal = TemporalSettings(address=f"127.0.0.1:{free_port()}")
+    settings = Settings(data=tmp_path, embeddings=None, temporal=temporal)
+    migrated(settings.database_url)
+    config.snapshot(settings, tmp_path / "settings.json")
+    # What the interpreter does at its end is where they would abort it, now and then.
+    text = "import atexit, os; atexit.register(os._exit, 77); from scripts import cli; cli.main()"
+    environment = {**os.environ, config.SNAPSHOT: str(tmp_path / "settings.json")}
+    command = [sys.executable, "-c", text, "pending"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (ran.returncode, "does not answer" in ran.stderr) == (Exit.NOT_READY, True), ran.stderr
