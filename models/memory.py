@@ -141,7 +141,6 @@ class Memo(Frozen):
     expires_at: AwareDatetime | None = None
     """`None` is the kind's lifetime."""
     data_class: DataClass = DataClass.INTERNAL
-    """At least; personal data in title or text make the record personal."""
     links: tuple[Annotated[Line, Field(max_length=2000)], ...] = Field(default=(), max_length=50)
 
     @model_validator(mode="after")

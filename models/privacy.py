@@ -77,8 +77,12 @@ def raised(data_class: DataClass, texts: Iterable[str]) -> DataClass:
     """`personal` if a text holds personal data, else the class as it was."""
     if data_class is DataClass.PERSONAL:
         return data_class
-    personal = any(finds(text) for text in texts for finds in _rules(text).values())
-    return DataClass.PERSONAL if personal else data_class
+    return DataClass.PERSONAL if is_personal(texts) else data_class
+
+
+def is_personal(texts: Iterable[str]) -> bool:
+    """Whether rules find personal data in a text."""
+    return any(finds(text) for text in texts for finds in _rules(text).values())
 
 
 def spans(text: str) -> tuple[tuple[int, int, Kind], ...]:

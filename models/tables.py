@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Index, Integer, LargeBinary, Table, UniqueConstraint, text
+from sqlalchemy import BigInteger, Index, Integer, LargeBinary, Table, UniqueConstraint, false, text
 from sqlmodel import Field, SQLModel
 
 BIG = BigInteger().with_variant(Integer, "sqlite")
@@ -198,6 +198,8 @@ class MemoryRow(SQLModel, table=True):
     derived_from: str = Field(default="[]", sa_column_kwargs={"server_default": "[]"})
     origin: str = Field(default="tool", sa_column_kwargs={"server_default": "tool"})
     confidence_percent: int | None = None
+    personal: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
+    """Rules find personal data in title or text, whatever `data_class` says."""
     standing: str = Field(default="active", sa_column_kwargs={"server_default": "active"})
     active_at: int = Field(default=0, sa_type=BIG, sa_column_kwargs={"server_default": "0"})
     """Since when it counts; `NEVER` while it is only proposed."""

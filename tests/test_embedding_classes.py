@@ -40,8 +40,9 @@ async def test_what_an_embedding_server_may_not_see_is_not_sent_there_and_found_
     assert place.embedder.texts == ["\ngreen tea"]
     found = await place.ask("oolong", by=by)
     assert {"closed", "about"} <= set(ids(found))
+    # What was said of a record stays, and who reads it goes by that.
+    assert {hit.record_id: hit.data_class for hit in found.hits}["about"] is DataClass.INTERNAL
     assert found.degraded == ""
-    assert {hit.record_id: hit.data_class for hit in found.hits}["about"] is DataClass.PERSONAL
 
 
 async def test_a_query_with_personal_data_is_not_sent_to_a_server_that_may_not_see_it(place):
@@ -55,7 +56,7 @@ async def test_a_query_with_personal_data_is_not_sent_to_a_server_that_may_not_s
 async def test_a_record_from_before_texts_were_looked_at_is_not_sent_either(place):
     await place.store.keep(await place.memo("a", text="for ann@example.com"), NOW)
     await place.store.keep(await place.memo("b", text="tea"), NOW)
-    await place.database.write(lambda link: link.execute(update(MEMORY).values(data_class="internal")))
+    await place.database.write(lambda link: link.execute(update(MEMORY).values(personal=False)))
     await indexed(place)
     assert place.embedder.texts == ["\ntea"]
     assert {hit.record_id for hit in (await place.ask("ann")).hits} == {"a", "b"}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from activities.services.content import get_blob
 from activities.services.discreet import text_reader
@@ -56,13 +56,13 @@ class Pending:
 class Outbox:
     """Which records have no vector of one model yet."""
 
-    def __init__(self, model: str, sees: Iterable[DataClass]) -> None:
+    def __init__(self, model: str, sees: Collection[DataClass]) -> None:
         """Start from the first record; the floors then spare later queries what is known to be done.
 
         Records of classes that the model may not see wait for nothing.
         """
         self._model = model
-        self._sees = sorted(sees)
+        self._sees = frozenset(sees)
         self._floor = 0
         self._floors: dict[str, int] = {}
 
@@ -103,9 +103,16 @@ class Outbox:
         return (
             select(m.tenant, m.record_id, m.position, m.title, m.text_digest)
             .where(m.position > floor, m.forgotten_at.is_(None), m.standing != "expired", ~has.exists())
-            .where(m.data_class.in_(self._sees))
+            .where(seen(self._sees))
             .order_by(m.position)
         )
+
+
+def seen(by: Collection[DataClass]) -> ColumnElement[bool]:
+    """Which records a model may be shown that may see these classes."""
+    m = MEMORY.c
+    permitted = m.data_class.in_(sorted(by))
+    return permitted if DataClass.PERSONAL in by else permitted & m.personal.is_(False)
 
 
 def newest_position(connection: Connection) -> int:

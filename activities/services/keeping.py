@@ -24,7 +24,6 @@ from activities.services.vectors import MEMORY, empty_vectors, next_position, to
 from activities.services.words import drop_words, put_words
 from models.canonical import sha256, subject_id
 from models.errors import Final, InvalidInput, KeyDestroyed, UnknownName
-from models.inference import DataClass
 from models.memory import (
     Cause,
     Keeping,
@@ -37,7 +36,7 @@ from models.memory import (
     first_standing,
     habits,
 )
-from models.privacy import raised
+from models.privacy import is_personal
 from models.tables import NEVER, GivenText, MemorySupport, table
 
 SUPPORT = table(MemorySupport)
@@ -185,11 +184,10 @@ def forget(connection: Connection, tenant: str, record_id: str, now: datetime) -
     return True
 
 
-def reclass(connection: Connection, records: Iterable[tuple[str, str]], data_class: DataClass) -> None:
-    """Say of records, each by tenant and id, how far they may travel."""
+def personal(connection: Connection, records: Iterable[tuple[str, str]]) -> None:
+    """Note of records, each by tenant and id, that personal data were found in them."""
     for tenant, record_id in records:
-        mine = update(MEMORY).where(*_mine(tenant, record_id))
-        connection.execute(mine.values(data_class=data_class.value))
+        connection.execute(update(MEMORY).where(*_mine(tenant, record_id)).values(personal=True))
 
 
 def _is_over(row: Row[Any], now: datetime) -> bool:
@@ -267,7 +265,8 @@ def _row(memo: Memo, text: str, event: str, standing: Standing, now: datetime) -
         text_size=memo.text.size,
         media_type=memo.text.media_type,
         source=memo.source,
-        data_class=raised(memo.data_class, [memo.title, text]).value,
+        data_class=memo.data_class.value,
+        personal=is_personal([memo.title, text]),
         recorded_at=to_micros(now),
         agent=memo.agent or "",
         source_event=event,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Protocol, cast
 
-from sqlalchemy import Connection, select
+from sqlalchemy import ColumnElement, Connection, select
 
 from activities.services import keeping
 from activities.services.content import ContentStore, put_blob
@@ -27,7 +27,7 @@ from activities.services.finding import (
     word_cosine,
     word_set,
 )
-from activities.services.indexing import Outbox, Pending, newest_position
+from activities.services.indexing import Outbox, Pending, newest_position, seen
 from activities.services.keeping import keep
 from activities.services.vectors import ALWAYS, MEMORY, Near, Vector, When, put_vectors, unit_vector
 from activities.services.words import find_words
@@ -46,7 +46,7 @@ from models.memory import (
     Search,
     Standing,
 )
-from models.privacy import raised
+from models.privacy import is_personal, raised
 from models.tables import MergeProposal, table
 
 __all__ = ["MemoryStore", "Vectors", "keep"]
@@ -225,10 +225,10 @@ class MemoryStore:
         """Those that it may see; of records kept before texts were looked at, that is found now."""
         if DataClass.PERSONAL in embedder.sees:
             return batch
-        held = [one for one in batch if raised(DataClass.INTERNAL, [one.words]) is DataClass.PERSONAL]
+        held = [one for one in batch if is_personal([one.words])]
         if held:
             names = [(one.tenant, one.record_id) for one in held]
-            await self._database.write(lambda link: keeping.reclass(link, names, DataClass.PERSONAL))
+            await self._database.write(lambda link: keeping.personal(link, names))
         return [one for one in batch if one not in held]
 
     async def _propose_merges(self, model: str, tenant: str, record_id: str, vector: Vector) -> None:
@@ -302,12 +302,13 @@ class MemoryStore:
         embedder, outbox = cast(Embedder, self._embedder), cast(Outbox, self._outbox)
         hybrid = request.by is Search.HYBRID
         # What the embedding server may not see has no vector: words alone find it.
-        worded_for = [one for one in DataClass if hybrid or one not in embedder.sees]
+        only = () if hybrid else (~seen(embedder.sees),)
+        words = hybrid or not embedder.sees.issuperset(DataClass)
         depth = max(request.limit, FUSED_DEPTH) if hybrid else request.limit
         # The two need nothing of each other, and each mostly runs outside the interpreter.
         near, worded = await asyncio.gather(
             self._vectors.nearest(request.tenant, embedder.model, vector, request.kinds, depth, when),
-            self._worded(request, query, when, depth, worded_for) if worded_for else _nothing(),
+            self._worded(request, query, when, depth, only) if words else _nothing(),
         )
         cosines = {one.record_id: one.cosine for one in near}
         order = fused(list(cosines), worded)[: request.limit]
@@ -325,9 +326,9 @@ class MemoryStore:
         return hits, len(hits) == len(order), waits
 
     async def _worded(
-        self, request: Recall, query: str, when: When, depth: int, only: Sequence[DataClass]
+        self, request: Recall, query: str, when: When, depth: int, only: Sequence[ColumnElement[bool]]
     ) -> list[str]:
-        wanted = [*conditions(request, when), MEMORY.c.data_class.in_(only)]
+        wanted = [*conditions(request, when), *only]
         return await self._database.read(lambda link: find_words(link, query, wanted, depth, request.tenant))
 
     async def _embed_batch(self, embedder: Embedder, batch: list[Pending]) -> list[list[float]]:
