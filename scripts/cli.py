@@ -7,12 +7,13 @@ import os
 import sys
 import traceback
 from contextlib import suppress
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from scripts.exits import EXPLAINED, Exit, code_of, text_of
+from workers.ending import leave
 
 PLACES = {
     "up": "up",
@@ -44,8 +45,6 @@ PLACES = {
     "story": "story",
 }
 """Command to its module in `scripts/commands`, in the order of the help."""
-BRIDGE = "temporalio.bridge.temporal_sdk_bridge"
-"""What has threads of its own in here, once it is loaded."""
 
 
 class Commands(TyperGroup):
@@ -115,20 +114,8 @@ def main() -> None:
         code = end.code
     except OSError as error:  # Help is written before there is a command that could tell.
         code = _told(error)
-    _leave(_written(code))
-
-
-def _leave(code: Any) -> NoReturn:
-    """End this process. All is written and closed by now, and threads of Temporal's client know no end.
-
-    Where they meet the interpreter's own end they abort it: one command in thirty had done its work and ended
-    as if it had crashed.
-    """
-    if BRIDGE not in sys.modules:
-        sys.exit(code)
-    with suppress(OSError, AttributeError):  # There is none where it was closed.
-        sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    code = _written(code)
+    leave(code if isinstance(code, int) else int(code is not None))
 
 
 def _written(code: Any) -> Any:

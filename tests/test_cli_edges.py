@@ -158,3 +158,10 @@ def test_with_threads_of_temporal_s_client_a_command_ends_before_the_interpreter
     command = [sys.executable, "-c", text, "pending"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (ran.returncode, "does not answer" in ran.stderr) == (Exit.NOT_READY, True), ran.stderr
+
+
+def test_so_does_a_worker() -> None:
+    ends = "import atexit, os, runpy; atexit.register(os._exit, 77)"
+    text = f"{ends}; runpy.run_module('workers', {{}}, '__main__')"
+    ran = subprocess.run([sys.executable, "-c", text, "nonsense"], capture_output=True, text=True)
+    assert (ran.returncode, "use one of decide" in ran.stderr) == (Exit.REFUSED, True), ran.stderr

@@ -20,6 +20,7 @@ from temporal.client import connect
 from temporal.converter import codec_of
 from workers import config, logs
 from workers.compose import Parts, role
+from workers.ending import leave
 
 OUR_PACKAGES = ("models", "activities", "workflows", "workers", "temporal")
 
@@ -86,4 +87,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))
