@@ -17,6 +17,7 @@ from activities.services.requests import KEPT_REFUSALS, _needed
 from models.gate import Kind
 from models.ledger import Entry, EventType
 from models.loop import Status
+from models.policy import AgentPolicy, Policy
 from models.settings import TemporalSettings
 from temporal.client import Started, answer
 from tests.conftest import Stack, a_key, note, serving, settings_for, stack_of
@@ -144,6 +145,21 @@ async def test_what_comes_one_by_one_ends_neither_a_run_that_waits_nor_a_review_
         assert (reviewed.counted, reviewed.state) == (True, "reviewed")
         assert (await started.handle.result()).status is Status.EXECUTED
         assert len(stack.notes()) == 1
+
+
+async def test_nor_a_run_whose_time_has_not_come(temporal_short: TemporalSettings, tmp_path: Path) -> None:
+    rules = Policy(agents={"later": AgentPolicy(connectors=("null",))})
+    async with stack_of(settings_for(temporal_short, tmp_path, policy=rules), Parts(agents=AGENTS)) as stack:
+        started = await stack.propose(a_key(), note(), agent="later")
+        run = Started(started.workflow_id, stack.client.get_workflow_handle(started.workflow_id))
+        await approve(stack, run, await stack.digest(run))
+        await Room(stack, {}).state(run, "scheduled")
+        await goes_on_anew(stack, run)
+        await Room(stack, {}).state(run, "scheduled")
+        await run.handle.cancel()
+        assert (await started.handle.result()).status is Status.CANCELLED
+        kinds = Counter(event.type.value for event in await stack.events(run))
+        assert (kinds["intent"], kinds["verdict"], stack.notes()) == (1, 1, [])
 
 
 async def goes_on_anew(stack: Stack, run: Started, **more: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from temporalio import workflow
 
 from models.agent import AgentSpec
@@ -94,4 +96,21 @@ class Hasty(Variant):
         return await self.loop(request)
 
 
-AGENTS = (Pair, Roles, Auto, Keep, Short, Hasty)
+@workflow.defn(name="later")
+class Later(Variant):
+    SPEC = AgentSpec(name="later", summary="Does in an hour what was approved")
+
+    @workflow.init
+    def __init__(self, request: Request) -> None:
+        super().__init__(request)
+
+    @workflow.run
+    async def run(self, request: Request) -> Outcome:
+        return await self.loop(request)
+
+    async def propose(self, feedback: tuple[Ref, ...]) -> Proposal:
+        proposal = await super().propose(feedback)
+        return proposal.model_copy(update={"not_before": workflow.now() + timedelta(hours=1)})
+
+
+AGENTS = (Pair, Roles, Auto, Keep, Short, Hasty, Later)

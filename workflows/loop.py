@@ -305,7 +305,16 @@ class Loop(Messages):
         if proposal.not_before is None or proposal.not_before <= workflow.now():
             return
         self._upsert(State.SCHEDULED)
-        await workflow.sleep(proposal.not_before - workflow.now(), summary="until it is due")
+        try:
+            await workflow.wait_condition(
+                # Only in runs that know of it; others may be long and wait here for their timer.
+                lambda: self.approval.review.is_long,
+                timeout=proposal.not_before - workflow.now(),
+                timeout_summary="until it is due",
+            )
+        except TimeoutError:
+            return
+        await self._continue_as_new()
 
     async def _conclude(self, carried: Carried) -> Outcome:
         return await to_the_end(self._concluded(carried))
