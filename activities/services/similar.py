@@ -52,7 +52,6 @@ MOST = 512
 """Entries that are looked at for one call; the newest count."""
 PATIENCE, REST = 2.0, timedelta(seconds=30)
 """Seconds a call waits for its vectors, and how long an embedding server that is away is left alone."""
-"""What an embedding server may see, of which settings say no classes: as much as such a tier."""
 logger = logging.getLogger(__name__)
 
 Make = Callable[[], Awaitable[Answered]]
