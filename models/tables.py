@@ -199,7 +199,7 @@ class MemoryRow(SQLModel, table=True):
     origin: str = Field(default="tool", sa_column_kwargs={"server_default": "tool"})
     confidence_percent: int | None = None
     personal: bool = Field(default=False, sa_column_kwargs={"server_default": false()})
-    """Rules find personal data in title or text, whatever `data_class` says."""
+    """Rules found personal data in title or text before they were to be shown to an embedding server."""
     standing: str = Field(default="active", sa_column_kwargs={"server_default": "active"})
     active_at: int = Field(default=0, sa_type=BIG, sa_column_kwargs={"server_default": "0"})
     """Since when it counts; `NEVER` while it is only proposed."""

@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import update
 
 from activities.services.memory_store import UNSEEN
-from activities.services.vectors import MEMORY
 from models.inference import OPEN, DataClass
 from models.memory import EmbeddingSettings, Search, WeaviateSettings
 from models.settings import RegionSettings, Settings
@@ -51,15 +49,6 @@ async def test_a_query_with_personal_data_is_not_sent_to_a_server_that_may_not_s
     found = await place.ask("ann@example.com tea")
     assert (ids(found), found.degraded) == (["a"], UNSEEN)
     assert place.embedder.texts == []
-
-
-async def test_a_record_from_before_texts_were_looked_at_is_not_sent_either(place):
-    await place.store.keep(await place.memo("a", text="for ann@example.com"), NOW)
-    await place.store.keep(await place.memo("b", text="tea"), NOW)
-    await place.database.write(lambda link: link.execute(update(MEMORY).values(personal=False)))
-    await indexed(place)
-    assert place.embedder.texts == ["\ntea"]
-    assert {hit.record_id for hit in (await place.ask("ann")).hits} == {"a", "b"}
 
 
 async def test_what_was_kept_apart_gets_its_vector_once_settings_permit_it(place):

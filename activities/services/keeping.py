@@ -36,7 +36,6 @@ from models.memory import (
     first_standing,
     habits,
 )
-from models.privacy import is_personal
 from models.tables import NEVER, GivenText, MemorySupport, table
 
 SUPPORT = table(MemorySupport)
@@ -98,9 +97,7 @@ def take(connection: Connection, memo: Memo, now: datetime, cause: Cause) -> Kee
         _end(connection, row.tenant, row.record_id, row.position)
         connection.execute(delete(MEMORY).where(*_mine(memo.tenant, memo.record_id)))
     standing = first_standing(memo)
-    connection.execute(
-        insert(MEMORY).values(**_row(memo, text, event, standing, now) | sealed, position=position)
-    )
+    connection.execute(insert(MEMORY).values(**_row(memo, event, standing, now) | sealed, position=position))
     put_words(connection, position, f"{memo.title}\n{text}", memo.tenant)
     return Keeping(what=Kept.KEPT, record_id=memo.record_id, standing=standing)
 
@@ -256,7 +253,7 @@ def _stands(connection: Connection, memo: Memo) -> None:
         raise InvalidInput.field("event", memo.event, "no such event stands in the ledger; log it first")
 
 
-def _row(memo: Memo, text: str, event: str, standing: Standing, now: datetime) -> dict[str, Any]:
+def _row(memo: Memo, event: str, standing: Standing, now: datetime) -> dict[str, Any]:
     return dict(
         tenant=memo.tenant,
         record_id=memo.record_id,
@@ -266,7 +263,6 @@ def _row(memo: Memo, text: str, event: str, standing: Standing, now: datetime) -
         media_type=memo.text.media_type,
         source=memo.source,
         data_class=memo.data_class.value,
-        personal=is_personal([memo.title, text]),
         recorded_at=to_micros(now),
         agent=memo.agent or "",
         source_event=event,

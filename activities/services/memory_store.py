@@ -222,7 +222,7 @@ class MemoryStore:
         return len(found)
 
     async def _shown_to(self, embedder: Embedder, batch: list[Pending]) -> list[Pending]:
-        """Those that it may see; of records kept before texts were looked at, that is found now."""
+        """Those that it may see: personal data in a text are looked for before it is sent anywhere."""
         if DataClass.PERSONAL in embedder.sees:
             return batch
         held = [one for one in batch if is_personal([one.words])]

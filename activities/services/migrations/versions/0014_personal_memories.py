@@ -1,4 +1,4 @@
-"""Which memories have personal data in their texts; those that stand are looked at before they are shown."""
+"""In which memories personal data were found before an embedding server was to see them."""
 
 from __future__ import annotations
 
